@@ -1,0 +1,128 @@
+"""The vocabulary of inner maximisations: what is maximised (a defense says), and how (the attack group says)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mi_at.attacks.contexts import MODES
+from mi_at.functional.geometry import check_norm, parse_eps
+
+Objective = Callable[[Tensor], Tensor]
+"""x [B, C, H, W] -> one value per sample [B], or a scalar for an objective joint over the batch; maximised."""
+
+Start = Callable[["float | Tensor"], Tensor]
+"""radius (a number, or one per sample) -> start perturbation [B, C, H, W]."""
+
+INITS = ("uniform", "gaussian", "zero")
+
+
+@dataclass(frozen=True)
+class Inner:
+    """One inner maximisation that a defense or regularizer asks for.
+
+    Attributes:
+        objective: what is maximised.
+        init: the method's own start ("uniform", "gaussian", "zero"), used where `attack.init` is null.
+        mode: the method's own mode of the network ("eval", "train_no_track"), used where `attack.mode` is null.
+        generate: a search of the method's own, (x, budget, start) -> x_adv, where start(radius) draws its start noise;
+            None: projected gradient ascent.
+    """
+
+    objective: Objective
+    init: str = "uniform"
+    mode: str = "eval"
+    generate: Callable[[Tensor, InnerMaximisation, Start], Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerMaximisation:
+    """The `attack` group: the budget of the training attack.
+
+    Attributes:
+        norm: "linf" or "l2".
+        eps: radius in pixels of [0, 1], a number or a fraction ("8/255").
+        step_size: a number or a fraction; > 0.
+        steps: >= 0.
+        init: "uniform", "gaussian", "zero", or None for the method's own.
+        mode: "eval", "train_no_track", or None for the method's own.
+        precision: "fp32" or "bf16" of the attack.
+        warmup_epochs: eps grows linearly from 0 over this many epochs.
+
+    Raises:
+        ValueError: a value out of range; the message names it and the likely mistake.
+
+    Example:
+        >>> InnerMaximisation(norm="linf", eps="8/255", step_size="2/255", steps=10).eps == 8 / 255
+        True
+        >>> InnerMaximisation(norm="linf", eps=8, step_size=2, steps=10)
+        Traceback (most recent call last):
+        ValueError: attack.eps=8: pixels are in [0, 1]; did you mean 8/255?
+    """
+
+    norm: str
+    eps: float
+    step_size: float
+    steps: int
+    init: str | None = None
+    mode: str | None = None
+    precision: str = "fp32"
+    warmup_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        """Parse fractions and check ranges."""
+        check_norm(self.norm)
+        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps))
+        if self.init is not None and self.init not in INITS:
+            raise ValueError(f"attack.init={self.init!r}: expected null or one of {', '.join(INITS)}")
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(f"attack.mode={self.mode!r}: expected null or one of {', '.join(MODES)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"attack.precision={self.precision!r}: expected fp32 or bf16")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"attack.warmup_epochs={self.warmup_epochs}: expected 0 or more")
+
+    def eps_at(self, epoch: float) -> float:
+        """The radius after `epoch` epochs (a fraction counts steps within one): linear warm-up, then eps.
+
+        Example:
+            >>> InnerMaximisation(norm="linf", eps=0.3, step_size=0.1, steps=1, warmup_epochs=2).eps_at(1.0)
+            0.15
+        """
+        return self.eps * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else self.eps
+
+
+def check_eps(eps: Any, norm: str) -> Any:
+    """Parse a radius and refuse the usual mistakes; a tensor of radii per sample passes.
+
+    Raises:
+        ValueError: negative, not finite, or an l_inf radius above 1.
+    """
+    if isinstance(eps, Tensor):
+        return eps
+    value = parse_eps(eps)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"attack.eps={eps}: expected a radius of 0 or more")
+    if norm == "linf" and value > 1:
+        raise ValueError(f"attack.eps={eps}: pixels are in [0, 1]; did you mean {eps}/255?")
+    return value
+
+
+def check_step(step_size: Any, steps: int) -> Any:
+    """Parse a step size and check it with the number of steps; a tensor of sizes per sample passes.
+
+    Raises:
+        ValueError: steps < 0, or a step size that is not positive and finite.
+    """
+    if steps < 0:
+        raise ValueError(f"attack.steps={steps}: expected 0 or more")
+    if isinstance(step_size, Tensor):
+        return step_size
+    value = parse_eps(step_size)
+    if steps and not 0 < value < float("inf"):
+        raise ValueError(f"attack.step_size={step_size}: expected a positive number or fraction such as 2/255")
+    return value

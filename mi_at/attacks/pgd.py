@@ -1,0 +1,205 @@
+"""Projected gradient ascent under l_inf and l_2 budgets (Madry et al. 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mi_at.attacks import objectives
+from mi_at.attacks.inner import INITS, Objective, check_eps, check_step
+from mi_at.functional import random
+from mi_at.functional.geometry import ascent_direction, check_norm, per_sample, project, start_noise
+
+
+def pgd(
+    objective: Objective,
+    x: Tensor,
+    *,
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    norm: str = "linf",
+    init: str | Tensor = "uniform",
+    iterate: str = "last",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Maximise an objective over the ball of radius eps around x, within [0, 1].
+
+    The network behind the objective is taken as it is: wrap the call in `mi_at.attacks.contexts.attacking(net)` to
+    have it frozen and in eval mode. The gradient is taken with respect to the images alone.
+
+    Args:
+        objective: images -> one value per sample [B], or a scalar for an objective joint over the batch.
+        x: [B, ...] float in [0, 1].
+        eps: radius >= 0, a number, a fraction ("8/255") or one per sample [B].
+        step_size: > 0, likewise; the l_inf or l_2 length of one step.
+        steps: >= 0.
+        norm: "linf" or "l2".
+        init: "uniform" in the ball, "gaussian" (0.001 N(0, 1)), "zero", or a perturbation [B, ...] of one's own.
+        iterate: "last", or "worst": per sample the iterate, start included, with the highest objective (one more
+            forward).
+        generator: source of the start noise, on the CPU; torch's global one if None.
+
+    Returns:
+        [B, ...] in [0, 1], at most eps from x, detached; x itself is not modified.
+
+    Raises:
+        ValueError: an argument out of range, images outside [0, 1], or "worst" with a joint objective.
+
+    Example:
+        >>> w = torch.tensor([1.0, -1.0])
+        >>> pgd(lambda x: x @ w, torch.full((1, 2), 0.5), eps=0.25, step_size=0.25, steps=2, init="zero")
+        tensor([[0.7500, 0.2500]])
+    """
+    eps, step_size = check_eps(eps, check_norm(norm)), check_step(step_size, steps)
+    if iterate not in ("last", "worst"):
+        raise ValueError(f"iterate={iterate!r}: expected 'last' or 'worst'")
+    check_images(x)
+    # Lightning's evaluation loops run in inference mode, under which no gradient exists.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach()
+        delta = init if isinstance(init, Tensor) else _draw(init, x, eps, norm, generator)
+        x_adv = project(x + delta.to(x), x, eps, norm)
+        best, best_value = x_adv, None
+        for _ in range(steps):
+            x_adv.requires_grad_(True)
+            value = objective(x_adv)
+            (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            x_adv = x_adv.detach()
+            if iterate == "worst":
+                best, best_value = _keep_worst(best, best_value, x_adv, value.detach())
+            x_adv = project(x_adv + per_sample(step_size, x) * ascent_direction(gradient, norm), x, eps, norm)
+        if iterate == "last":
+            return x_adv
+        with torch.no_grad():
+            return _keep_worst(best, best_value, x_adv, objective(x_adv))[0]
+
+
+def check_images(x: Tensor) -> None:
+    """Refuse images that are not floating point in [0, 1].
+
+    On an accelerator the range is not checked: it would wait for the device at every call; the data module checks it.
+
+    Raises:
+        ValueError: naming the type or the range found.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: expected floating-point images in [0, 1] (divide uint8 by 255)")
+    if x.device.type == "cpu" and x.numel():
+        low, high = (float(v) for v in x.detach().aminmax())
+        if not (low >= 0 and high <= 1):
+            found = f"x has values in [{low:.4g}, {high:.4g}]"
+            raise ValueError(f"{found}: expected [0, 1]; put normalisation into the network")
+
+
+def _draw(init: str, x: Tensor, eps: float | Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
+    if init not in INITS:
+        raise ValueError(f"init={init!r}: expected a tensor or one of {', '.join(INITS)}")
+    if init == "zero":
+        return torch.zeros_like(x)
+    uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    gaussian = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    return start_noise(init, uniform, gaussian, eps, norm)
+
+
+def _keep_worst(best: Tensor, best_value: Tensor | None, x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if value.ndim != 1:
+        raise ValueError("iterate='worst' needs one objective value per sample; a joint objective has only 'last'")
+    if best_value is None:
+        return x, value
+    better = value > best_value
+    return torch.where(better.view(-1, *(1,) * (x.ndim - 1)), x, best), torch.where(better, value, best_value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """PGD as an evaluation attack: settings, and a call that does not depend on how samples are batched.
+
+    Attributes:
+        eps, step_size, steps, norm, init, iterate: as `pgd` takes them.
+        objective: "cross_entropy", "margin" (CW-inf) or "dlr".
+        kappa: confidence of the margin.
+        restarts: starts; per sample the iterate with the largest margin over all of them is returned.
+        name: what tables print.
+    """
+
+    eps: float
+    step_size: float
+    steps: int
+    norm: str = "linf"
+    init: str = "uniform"
+    iterate: str = "last"
+    objective: str = "cross_entropy"
+    kappa: float = 0.0
+    restarts: int = 1
+    name: str = "pgd"
+
+    def __post_init__(self) -> None:
+        """Parse fractions and check ranges."""
+        object.__setattr__(self, "eps", check_eps(self.eps, check_norm(self.norm)))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps))
+        if self.restarts < 1:
+            raise ValueError(f"restarts={self.restarts}: expected 1 or more")
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r}: expected one of {', '.join(INITS)}")
+        if self.iterate not in ("last", "worst"):
+            raise ValueError(f"iterate={self.iterate!r}: expected 'last' or 'worst'")
+        if self.objective not in objectives.NAMES:
+            raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(objectives.NAMES)}")
+        if self.kappa < 0:
+            raise ValueError(f"kappa={self.kappa}: expected 0 or more")
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
+        """Attack images whose noise is drawn by (seed, id).
+
+        Args:
+            net: logits; frozen and in eval mode (the evaluator sees to it).
+            x: [B, C, H, W] float in [0, 1].
+            y: [B] int64.
+            ids: [B] int64, the samples' places in their data set.
+            seed: of the start noise.
+
+        Returns:
+            [B, C, H, W].
+        """
+        objective = objectives.by_name(self.objective, net, y, self.kappa)
+        best, best_margin = x, None
+        for restart in range(self.restarts):
+            start = self._start(x, ids, seed * 1009 + restart)
+            x_adv = pgd(
+                objective,
+                x,
+                eps=self.eps,
+                step_size=self.step_size,
+                steps=self.steps,
+                norm=self.norm,
+                init=start,
+                iterate=self.iterate,
+            )
+            if self.restarts == 1:
+                return x_adv
+            with torch.no_grad():
+                margin = objectives.margin(net, y, float("inf"))(x_adv)
+            best, best_margin = _keep_worst(best, best_margin, x_adv, margin)
+        return best
+
+    def _start(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
+        shape = x.shape[1:]
+        if self.init == "zero":
+            return torch.zeros_like(x)
+        uniform = random.uniform(ids, shape, 2 * seed).to(x)
+        needs_gaussian = self.init == "gaussian" or self.norm == "l2"
+        gaussian = random.gaussian(ids, shape, 2 * seed + 1).to(x) if needs_gaussian else uniform
+        return start_noise(self.init, uniform, gaussian, self.eps, self.norm)
+
+    def reach(self) -> float:
+        """The farthest an attack can get from the image: start plus steps, at most eps."""
+        start = {"uniform": self.eps, "gaussian": 0.0, "zero": 0.0}[self.init]
+        return min(self.eps, start + self.steps * self.step_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for a record."""
+        return {"attack": "pgd", **asdict(self)}

@@ -1,0 +1,170 @@
+"""Checkpoints that survive a crash: `best` by validation, `last` to resume from, and epochs to keep."""
+
+from __future__ import annotations
+
+import os
+import signal
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from mi_at.regularizers.base import TrainingRule
+
+INTERRUPTED = 143
+"""Exit status after a preemption signal, with `last.ckpt` saved: 128 + SIGTERM, as shells report it."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint whole or not at all, and load nothing but tensors and plain data."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write beside the target, then rename over it.
+
+        Raises:
+            OSError: a full disk or an unwritable folder; the previous file is intact.
+        """
+        target = Path(path)
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            part.unlink(missing_ok=True)
+            kept = "the previous one is intact" if target.exists() else "there was none before"
+            raise OSError(f"could not save {target}: {error}; {kept}. Free space or choose another run_dir=") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; pickled code is refused."""
+        return dict(super().load_checkpoint(path, map_location, weights_only=True))
+
+
+class Best(ModelCheckpoint):
+    """`best.ckpt`: highest robust accuracy on validation, the worst of the selection attacks, on the weights served."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="best",
+            monitor="val/robust",
+            mode="max",
+            save_top_k=1,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+        )
+
+
+class Last(Checkpoint):
+    """`last.ckpt`: after every epoch and every n steps; what a run resumes from.
+
+    Within an epoch it is written after a step that is not the epoch's last: there the epoch's end follows anyway, and
+    Lightning could not tell afterwards whether validation had run.
+
+    Args:
+        folder: the run folder.
+        every_n_steps: also within an epoch; 0: only at its end.
+    """
+
+    def __init__(self, folder: str | Path, *, every_n_steps: int = 200) -> None:
+        self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save within an epoch."""
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if due and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after an epoch."""
+        trainer.save_checkpoint(self.path)
+
+
+class KeepEpochs(Checkpoint):
+    """`epoch_076.ckpt` and so on: the weights after chosen epochs, counted from 1 in the paper's run.
+
+    Args:
+        folder: the run folder.
+        epochs: finished epochs to keep; scaled as milestones are.
+    """
+
+    def __init__(self, folder: str | Path, epochs: Sequence[int]) -> None:
+        self.folder, self.epochs = Path(folder), tuple(epochs)
+        if any(epoch < 1 for epoch in self.epochs):
+            raise ValueError(f"keep_epochs={list(epochs)}: epochs are counted from 1")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if this epoch is kept."""
+        finished = trainer.current_epoch + 1
+        for epoch in self.epochs:
+            if cast(TrainingRule, pl_module).scaled(epoch) == finished:
+                trainer.save_checkpoint(self.folder / f"epoch_{epoch:03d}.ckpt")
+
+
+class Preemption(Callback):
+    """On SIGTERM or SIGUSR1 save `last.ckpt` after the step in progress and exit with status 143.
+
+    Args:
+        last: the callback whose file is written.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, last: Last) -> None:
+        self.last = last
+        self._received = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen; in place of Lightning's own handlers, which it installs before and which communicate."""
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and leave, if a signal has come; processes agree every ten steps."""
+        if trainer.world_size > 1 and batch_idx % 10:
+            return
+        leave = trainer.strategy.reduce_boolean_decision(self._received, all=False)
+        if leave and not trainer.is_last_batch:  # after the last batch of an epoch: once validation is done
+            self._leave(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As after a step."""
+        if trainer.strategy.reduce_boolean_decision(self._received, all=False):
+            self._leave(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop listening."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop listening."""
+        self._restore()
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        self._received = True
+
+    def _leave(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.last.path)
+        if trainer.is_global_zero:
+            print(f"preempted: saved {self.last.path}; continue with resume=true", flush=True)
+        # Other ranks end quietly: Lightning kills the main process when a child fails.
+        raise SystemExit(INTERRUPTED if trainer.is_global_zero else 0)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,94 @@
+"""Weight averaging through Lightning's own callbacks, with buffers that are no averages copied instead."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import EMAWeightAveraging, WeightAveraging
+from torch import nn
+
+from mi_at.regularizers.base import TrainingRule
+
+
+class EMA(EMAWeightAveraging):
+    """Exponential moving average of weights and batch-norm statistics, updated after every step.
+
+    Validation, the checkpoint's `state_dict` and the final evaluation use the averaged weights; training and its
+    attacks use the raw ones.
+
+    Args:
+        decay: tau in [0, 1).
+        start_epoch: epochs of the paper before averaging starts.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(self, *, decay: float = 0.999, start_epoch: int = 0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"callback.ema.decay={decay}: expected a factor in [0, 1)")
+        super().__init__(decay=decay, use_buffers=True, update_starting_at_step=0)
+        self.start_epoch = start_epoch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average; before the start it is a copy."""
+        if trainer.current_epoch < cast(TrainingRule, pl_module).scaled(self.start_epoch):
+            _copy(pl_module, self._average_model)
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        _copy_integers(pl_module, self._average_model)
+
+
+class SWA(WeightAveraging):
+    """Plain average of the weights at the ends of epochs from `start_epoch` on.
+
+    Args:
+        start_epoch: finished epochs of the paper after which averaging starts.
+    """
+
+    def __init__(self, *, start_epoch: int = 75) -> None:
+        super().__init__(use_buffers=True)
+        self.start_epoch = start_epoch
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """At the end of an epoch, from the start on."""
+        return epoch_idx is not None and epoch_idx + 1 >= self._start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Scale the start to this run's number of epochs."""
+        super().setup(trainer, pl_module, stage)
+        self._start = cast(TrainingRule, pl_module).scaled(self.start_epoch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the start the average is a copy."""
+        if trainer.current_epoch + 1 < self._start:
+            _copy(pl_module, self._average_model)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Update the average."""
+        super().on_train_epoch_end(trainer, pl_module)
+        _copy_integers(pl_module, self._average_model)
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, average: Any) -> None:
+    for target, value in zip(_tensors(average.module), _tensors(source), strict=True):
+        target.copy_(value)
+
+
+@torch.no_grad()
+def _copy_integers(source: nn.Module, average: Any) -> None:
+    """Masks, indices and counters have no average."""
+    for target, value in zip(average.module.buffers(), source.buffers(), strict=True):
+        if not value.is_floating_point():
+            target.copy_(value)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]

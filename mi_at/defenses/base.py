@@ -1,0 +1,381 @@
+"""What every defense shares: the training step, logging, the watch for non-finite losses, and the optimiser.
+
+A defense adds what its paper adds: `adversaries` (what is maximised) and `loss` (what is minimised).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from mi_at.attacks import objectives
+from mi_at.attacks.inner import Inner, Objective
+from mi_at.data.batch import Batch
+from mi_at.functional.distributed import own_shard, world_size
+from mi_at.optim import Optimisation
+from mi_at.regularizers.base import Context, Regularizer, Views
+
+ADVERSARIAL = "adversarial"
+SELECTION_ATTACKS = ("cross_entropy", "margin")
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term became NaN or infinite; the message names the step and the term."""
+
+
+class Defense(LightningModule):
+    """A training rule for a classifier.
+
+    A subclass takes its own hyper-parameters in `__init__`; the network, the optimiser and added terms come with
+    `attach`, so that a method's file holds the method alone.
+
+    Attributes:
+        net: the classifier, logits out.
+        regularizers: added terms by name.
+        optimisation: optimiser and schedule.
+        inspect_every: steps between two readings of the terms' shares and of the non-finite note; 0: never.
+        config: the run's resolved configuration as plain values; it travels in the checkpoint.
+    """
+
+    taps: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net: nn.Module = nn.Identity()
+        self.regularizers = nn.ModuleDict()
+        self.optimisation: Optimisation | None = None
+        self.inspect_every = 50
+        self.config: dict[str, Any] = {}
+        self.context: Callable[[], Context] | None = None
+        self.undo_before_hooks: list[Callable[[], None]] = []
+        self.fit_started = False
+        self._term_names: list[str] = []
+        self._non_finite: Tensor | None = None
+        self._history: list[tuple[int, Tensor]] = []
+        self._history_names: list[str] = []
+        self._accuracy = {name: MeanMetric() for name in ("train/clean", "train/robust")}
+        self._selection = {name: MeanMetric() for name in ("clean", *SELECTION_ATTACKS, "robust")}
+
+    def attach(
+        self,
+        net: nn.Module,
+        *,
+        optimisation: Optimisation | None = None,
+        regularizers: Mapping[str, Regularizer] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> Defense:
+        """Give the defense its network and what trains it.
+
+        Args:
+            net: a classifier [B, C, H, W] in [0, 1] -> logits [B, K].
+            optimisation: optimiser and schedule; None where the module is only evaluated.
+            regularizers: added terms by name.
+            config: resolved configuration, plain values.
+
+        Returns:
+            The defense itself.
+
+        Raises:
+            ValueError: a tap that the network does not have; the message lists its taps.
+        """
+        self.net, self.optimisation, self.config = net, optimisation, dict(config or {})
+        self.regularizers = nn.ModuleDict(dict(regularizers or {}))
+        known = getattr(net, "tap_names", ())
+        for tap in self.needed_taps:
+            if tap not in known:
+                raise ValueError(f"the network has no tap {tap!r}; its taps are {', '.join(known) or 'none'}")
+        return self
+
+    @property
+    def needed_taps(self) -> tuple[str, ...]:
+        """Taps that the defense and its regularizers read, each once."""
+        wanted = [*self.taps, *(tap for term in self.added_terms().values() for tap in term.taps)]
+        return tuple(dict.fromkeys(wanted))
+
+    def added_terms(self) -> dict[str, Regularizer]:
+        """The regularizers by name, typed."""
+        return {name: term for name, term in self.regularizers.items() if isinstance(term, Regularizer)}
+
+    # What a method defines.
+
+    def adversaries(self, batch: Batch) -> dict[str, Objective | Inner]:
+        """The inner maximisations of a batch by view name.
+
+        Args:
+            batch: clean images and labels, own shard.
+
+        Returns:
+            View name -> an objective, or an `Inner` with the method's own start, mode or search.
+        """
+        raise NotImplementedError
+
+    def loss(self, views: Views) -> dict[str, Tensor]:
+        """Named, signed and weighted terms of the global batch, and "loss", their sum."""
+        raise NotImplementedError
+
+    # What the shared machinery asks.
+
+    def all_adversaries(self, batch: Batch) -> dict[str, Inner]:
+        """The defense's and its regularizers' inner maximisations."""
+        wanted = dict(self.adversaries(batch))
+        for term in self.added_terms().values():
+            for view, objective in term.adversaries(self.net, batch).items():
+                if view in wanted:
+                    raise ValueError(f"two inner maximisations are called {view!r}: give one another name")
+                wanted[view] = objective
+        return {view: inner if isinstance(inner, Inner) else Inner(inner) for view, inner in wanted.items()}
+
+    def selection_adversaries(self, batch: Batch) -> dict[str, Inner]:
+        """Inner maximisations of validation: a checkpoint is chosen by the worst of cross-entropy and margin."""
+        return {
+            "cross_entropy": Inner(objectives.cross_entropy(self.net, batch.y)),
+            "margin": Inner(objectives.margin(self.net, batch.y, kappa=50.0)),
+        }
+
+    def all_terms(self, views: Views) -> dict[str, Tensor]:
+        """The loss of the defense plus its regularizers, in float32 or better, by term."""
+        with torch.autocast(views.batch.x.device.type, enabled=False):
+            terms = dict(self.loss(views))
+            for name, regularizer in self.added_terms().items():
+                for key, value in regularizer.terms(views).items():
+                    terms[key if key == name else f"{name}/{key}"] = value
+                    terms["loss"] = terms["loss"] + value
+        return terms
+
+    def scaled(self, epochs: float) -> int:
+        """A number of epochs of the paper in this run (`Optimisation.scaled`)."""
+        return self.optimisation.scaled(epochs) if self.optimisation else round(epochs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W] in [0, 1]."""
+        return self.net(x)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of the global batch, scaled so that averaging gradients over processes sums them."""
+        views = Views(self.net, batch, self.needed_taps)
+        terms = self.all_terms(views)
+        self._note_non_finite(terms)
+        self._log_terms(terms, views)
+        return terms["loss"] * world_size()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Clean accuracy, and accuracy under each selection attack and under the worst of them."""
+        self._score(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation; published numbers come from `mi_at.evaluation`."""
+        self._score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies of this validation, in percent of the whole split on every process."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracies of this test, in percent of the whole split on every process."""
+        self._log_scores("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser over the network's parameters, its schedule stepped once an epoch."""
+        if self.optimisation is None:
+            raise ValueError("the defense has no optimiser: pass optimisation= to attach()")
+        optimizer = self.optimisation.optimizer(p for p in self.net.parameters() if p.requires_grad)
+        return {"optimizer": optimizer, "lr_scheduler": self.optimisation.scheduler(optimizer)}
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:  # Lightning's own signature, passed through
+        """Step, undo what was done to the weights for this step only, then let the regularizers see the result."""
+        super().optimizer_step(*args, **options)
+        while self.undo_before_hooks:
+            self.undo_before_hooks.pop()()
+        if self.context is not None and self.added_terms():
+            batch = self._batch
+            with torch.no_grad():
+                for term in self.added_terms().values():
+                    term.after_step(self.context(), batch)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the batch for the hooks after the step."""
+        self._batch = batch
+
+    def on_fit_start(self) -> None:
+        """Prepare the metrics and, once in a run, the regularizers."""
+        for metric in (*self._accuracy.values(), *self._selection.values()):
+            metric.to(self.device)
+        if not self.fit_started and self.context is not None:
+            for term in self.added_terms().values():
+                term.on_fit_start(self.context())
+        self.fit_started = True
+
+    def on_train_epoch_end(self) -> None:
+        """Training accuracies, the regularizers' epoch hook, and the non-finite note."""
+        self.check_finite()
+        for name, metric in self._accuracy.items():
+            if metric.update_count:
+                self.log(name, 100 * metric.compute(), batch_size=1)
+                metric.reset()
+        if self.context is not None:
+            for term in self.added_terms().values():
+                term.on_epoch_end(self.context())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save a network whose loss was not finite; put the configuration and RNG states in."""
+        self.check_finite()
+        history = {"names": self._history_names, "steps": [step for step, _ in self._history]}
+        if self._history:
+            history["values"] = torch.stack([row for _, row in self._history]).cpu()
+        checkpoint["mi_at"] = {"config": self.config, "fit_started": self.fit_started, "terms": history}
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what `on_save_checkpoint` put in; RNG states are set when training starts."""
+        self.fit_started = checkpoint["mi_at"]["fit_started"]
+        history = checkpoint["mi_at"]["terms"]
+        self._history_names = history["names"]
+        rows = history["values"].to(self.device) if history["steps"] else ()
+        self._history = list(zip(history["steps"], rows, strict=True))
+        self._rng = checkpoint["rng"]
+
+    def on_train_start(self) -> None:
+        """Set the RNG states of a resumed run, as late as possible: nothing draws between here and the first batch."""
+        rng = self.__dict__.pop("_rng", None)
+        if rng is not None:
+            torch.set_rng_state(rng["cpu"].cpu())
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+
+    def check_finite(self) -> None:
+        """Read the note of the first non-finite term; the only place that waits for the device.
+
+        Raises:
+            NonFiniteLossError: naming the step and the term.
+        """
+        if self._non_finite is None:
+            return
+        step, term = (int(v) for v in self._non_finite)
+        if step >= 0:
+            raise NonFiniteLossError(
+                f"the term {self._term_names[term]!r} of the loss was not finite at step {step}; the last checkpoint is from "
+                "before. Lower optim.lr or the term's weight, or clip gradients (trainer.gradient_clip_val=1)."
+            )
+
+    def _note_non_finite(self, terms: Mapping[str, Tensor]) -> None:
+        self._term_names = list(terms)
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        bad = ~values.isfinite()
+        now = torch.stack([torch.full_like(bad[0], self.global_step, dtype=torch.int64), bad.int().argmax()])
+        if self._non_finite is None:
+            self._non_finite = torch.full_like(now, -1)
+        first = bad.any() & (self._non_finite[0] < 0)
+        self._non_finite = torch.where(first, now, self._non_finite)
+
+    def _log_terms(self, terms: Mapping[str, Tensor], views: Views) -> None:
+        for view, name in (("clean", "train/clean"), (ADVERSARIAL, "train/robust")):
+            if view in views.computed():
+                correct = views.computed()[view].detach().argmax(dim=1) == views.y
+                self._accuracy[name].update(own_shard(correct).float())
+        if self._trainer is None:
+            return
+        size = len(views.y)
+        for name, value in terms.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=size)
+        if self.inspect_every and self.global_step % self.inspect_every == 0:
+            self.check_finite()
+            if len(terms) > 2:  # two terms and their sum
+                shares = self.term_shares(terms)
+                self.log_dict(shares, batch_size=size)
+                self._history.append((self.global_step, torch.stack(list(shares.values()))))
+                self._history_names = list(shares)
+
+    def term_shares(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each term's share of the loss, |term| / sum of |terms|, and its gradient norm over that of the loss.
+
+        Args:
+            terms: as `all_terms` returns them, graph intact.
+
+        Returns:
+            `share/<term>` in [0, 1] and `gradient/<term>` >= 0, scalars.
+        """
+        named = {name: value for name, value in terms.items() if name != "loss"}
+        total = torch.stack([value.detach().abs() for value in named.values()]).sum()
+        norms = {name: self._gradient_norm(value) for name, value in terms.items()}
+        shares = {f"share/{name}": value.detach().abs() / total for name, value in named.items()}
+        return shares | {f"gradient/{name}": norms[name] / norms["loss"] for name in named}
+
+    def term_history(self) -> dict[str, dict[str, float]]:
+        """Smallest, mean and largest share and gradient ratio of each term over training: is one inert?
+
+        Returns:
+            `share/<term>` and `gradient/<term>` -> {"min", "mean", "max"}; empty where the loss has one term.
+        """
+        if not self._history:
+            return {}
+        values = torch.stack([row for _, row in self._history]).cpu().double()
+        columns = dict(zip(self._history_names, values.T, strict=True))
+        return {
+            name: {"min": float(v.min()), "mean": float(v.mean()), "max": float(v.max())} for name, v in columns.items()
+        }
+
+    def _gradient_norm(self, value: Tensor) -> Tensor:
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        if not value.requires_grad:
+            return value.new_zeros(())
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        flat = torch.cat([g.flatten() for g in gradients if g is not None])
+        if world_size() > 1:
+            dist.all_reduce(flat)
+        return torch.linalg.vector_norm(flat)
+
+    def _score(self, batch: Batch) -> None:
+        correct = self.net(batch.x).argmax(dim=1) == batch.y
+        worst = correct
+        self._selection["clean"].update(correct.float())
+        for name in SELECTION_ATTACKS:
+            under_attack = (self.net(batch.views[name]).argmax(dim=1) == batch.y) & correct
+            self._selection[name].update(under_attack.float())
+            worst = worst & under_attack
+        self._selection["robust"].update(worst.float())
+
+    def _log_scores(self, split: str) -> None:
+        for name, metric in self._selection.items():
+            self.log(f"{split}/{name}", 100 * metric.compute(), prog_bar=name in ("clean", "robust"), batch_size=1)
+            metric.reset()
+
+
+def require_non_negative(**values: float) -> None:
+    """Range check of weights.
+
+    Raises:
+        ValueError: naming the first value below 0 or not finite.
+
+    Example:
+        >>> require_non_negative(beta=-1.0)
+        Traceback (most recent call last):
+        ValueError: defense.beta=-1.0: expected 0 or more
+    """
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"defense.{name}={value}: expected 0 or more")
+
+
+def require_one_of(choices: tuple[str, ...], **values: str) -> None:
+    """Check of named options.
+
+    Raises:
+        ValueError: naming the value and the choices.
+
+    Example:
+        >>> require_one_of(("mean", "sum"), mae_reduction="max")
+        Traceback (most recent call last):
+        ValueError: defense.mae_reduction='max': expected one of mean, sum
+    """
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"defense.{name}={value!r}: expected one of {', '.join(choices)}")

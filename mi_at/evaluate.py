@@ -1,0 +1,74 @@
+"""python -m mi_at.evaluate checkpoint=...: attack a trained classifier on its data set's test split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from mi_at import io
+from mi_at.results.measure import measure
+from mi_at.results.records import config_hash, run_key
+from mi_at.results.terminal import print_header
+from mi_at.train import check_sizes, report_errors
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Evaluate one checkpoint; its record goes to <output>/<evaluation>-<hash>/.
+
+    Args:
+        cfg: conf/evaluate.yaml, composed; its evaluation reads the data set of the checkpoint.
+    """
+    served = io.read_checkpoint(cfg.checkpoint)
+    trained = served.config
+    # The evaluation's values may refer to the data set (eps: ${dataset.eps}); the checkpoint says which it was.
+    whole = OmegaConf.merge(trained, {"evaluation": None, "dataset": cfg.get("dataset", {})})
+    whole.evaluation = cfg.evaluation
+    config: dict[str, Any] = io.plain(whole)
+    name = str(HydraConfig.get().runtime.choices["evaluation"])
+    config["choices"] = {**trained["choices"], "evaluation": name}
+    attacks = io.build_attacks(config["evaluation"])
+    check_sizes(config, attacks)
+    data = io.build_data(config["dataset"])
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    rule = served.path.stem
+    parent = Path(cfg.output) if cfg.output else served.path.parent / "evaluations"
+    folder = parent / f"{rule}-{name}-{config_hash(config)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "checkpoint": f"{served.path} (epoch {served.epoch}, step {served.step})",
+        "data": f"{config['choices']['dataset']}, test split",
+        "evaluation": f"{name}: {', '.join(attacks) or 'clean accuracy only'}",
+        "record": str(folder),
+    }
+    print_header(run_key(config, config["choices"]), facts)
+    measure(
+        io.load(served.path, device),
+        attacks,
+        data,
+        config=config,
+        checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
+        folder=folder,
+        device=device,
+    )
+
+
+@report_errors
+def job(cfg: DictConfig) -> None:
+    """One evaluation."""
+    evaluate(cfg)
+
+
+def main() -> None:
+    """The command line."""
+    io.register_resolvers()
+    hydra.main(version_base="1.3", config_path=io.conf_dir(), config_name="evaluate")(job)()
+
+
+if __name__ == "__main__":
+    main()

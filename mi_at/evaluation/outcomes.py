@@ -1,0 +1,207 @@
+"""What an evaluation gives: per attack and per sample, and the worst case over attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mi_at.evaluation.intervals import wilson
+from mi_at.functional.geometry import parse_eps
+
+CLEAN = "clean"
+
+
+class EvalAttack(Protocol):
+    """An attack as the evaluator calls it: settings inside, noise drawn by (seed, id).
+
+    An attack with a true class attribute `whole_set` gets all samples in one call (its result depends on how
+    they are batched, so it batches them itself), and `on_progress` and `on_flag` as
+    `mi_at.attacks.autoattack.AutoAttack` takes them. One with a method `for_classes(num_classes)` is replaced
+    by what that returns.
+    """
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
+        """[B, C, H, W] images in [0, 1], labels [B] and places in the split [B] -> adversarial images."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Plain values; `norm` and `eps` are checked on what the attack returned (no eps: only the range)."""
+        ...
+
+
+class EvaluationError(ValueError):
+    """A network, an attack or a request that no number may be made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackResult:
+    """One attack on the first n samples.
+
+    Attributes:
+        name: its name in the evaluation's config.
+        description: what `describe()` said.
+        label: [n] int64.
+        prediction: [n] int64 on the attacked image; the clean one where that was wrong already.
+        distance: [n] float32, how far the image moved in the attack's norm (l_inf where it has none).
+        flags: names of what is doubtful about the number, e.g. "reach".
+        messages: a sentence per flag, where there is one.
+        seconds: wall-clock time.
+    """
+
+    name: str
+    description: Mapping[str, Any]
+    label: Tensor
+    prediction: Tensor
+    distance: Tensor
+    flags: tuple[str, ...] = ()
+    messages: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """How many samples."""
+        return len(self.label)
+
+    @property
+    def correct(self) -> Tensor:
+        """[n] bool: right when clean and under the attack."""
+        return self.prediction == self.label
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples that stay right, in [0, 1]."""
+        return int(self.correct.sum()) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        return wilson(int(self.correct.sum()), self.n)
+
+    @property
+    def max_distance(self) -> float:
+        """The largest distance, to hold against eps."""
+        return float(self.distance.max())
+
+    @property
+    def unmoved(self) -> int:
+        """Right samples that the attack gave back as they were; many hint at vanishing gradients."""
+        return int((self.correct & (self.distance == 0)).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """All attacks on one network and one split.
+
+    Attributes:
+        index: [N] int64, the samples' places in the split, in the order they were evaluated.
+        label: [N] int64.
+        clean: the result without an attack, on all N.
+        attacks: by name, in the order they ran; each on the first n of the N.
+        num_classes: of the network.
+        seed: of the attacks' noise.
+        batch_size: images attacked at once.
+    """
+
+    index: Tensor
+    label: Tensor
+    clean: AttackResult
+    attacks: Mapping[str, AttackResult]
+    num_classes: int
+    seed: int
+    batch_size: int
+
+    def __getitem__(self, name: str) -> AttackResult:
+        """The result of one attack, or of "clean".
+
+        Raises:
+            KeyError: no such attack; the message lists the names.
+        """
+        if name == CLEAN:
+            return self.clean
+        if name not in self.attacks:
+            raise KeyError(f"{name!r}: expected one of {', '.join([CLEAN, *self.attacks])}")
+        return self.attacks[name]
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of everything."""
+        return self.clean.seconds + sum(result.seconds for result in self.attacks.values())
+
+    def rows(self) -> list[AttackResult]:
+        """Clean, every attack, then the worst cases: what a table shows and a record keeps."""
+        return [self.clean, *self.attacks.values(), *self.worst_cases()]
+
+    def worst_cases(self) -> list[AttackResult]:
+        """The worst case per sample over attacks of one threat model, for every n with two or more.
+
+        An attack that ran on more samples takes part with its first n.
+        """
+        groups: dict[tuple[str, float], list[AttackResult]] = {}
+        for result in self.attacks.values():
+            if (eps := radius(result.description)) is not None:
+                groups.setdefault((str(result.description["norm"]), eps), []).append(result)
+        unions = []
+        for group in groups.values():
+            for n in sorted({result.n for result in group}, reverse=True):
+                members = [result for result in group if result.n >= n]
+                if len(members) > 1:
+                    unions.append(self._worst_case(members, n))
+        return unions
+
+    def _worst_case(self, members: list[AttackResult], n: int) -> AttackResult:
+        label = self.label[:n]
+        prediction, distance = self.clean.prediction[:n].clone(), torch.zeros(n)
+        # Backwards, so that the first attack that breaks a sample has the last word on it.
+        for member in reversed(members):
+            broken = (member.prediction[:n] != label) & (self.clean.prediction[:n] == label)
+            prediction = torch.where(broken, member.prediction[:n], prediction)
+            distance = torch.where(broken, member.distance[:n], distance)
+        # One attack that can cross the ball is enough; any other doubt about one is a doubt about the union.
+        flags = {flag for member in members for flag in member.flags}
+        if not all("reach" in member.flags for member in members):
+            flags.discard("reach")
+        return AttackResult(
+            name="worst of " + ", ".join(member.name for member in members),
+            description={
+                "attack": "worst_of",
+                "members": [member.name for member in members],
+                "norm": members[0].description["norm"],
+                "eps": members[0].description["eps"],
+            },
+            label=label,
+            prediction=prediction,
+            distance=distance,
+            flags=tuple(sorted(flags)),
+            seconds=sum(member.seconds for member in members),
+        )
+
+
+def radius(description: Mapping[str, Any]) -> float | None:
+    """The eps of a description as a number; None where the attack has no budget.
+
+    Example:
+        >>> radius({"eps": "8/255"}) == 8 / 255
+        True
+    """
+    eps = description.get("eps")
+    return None if eps is None else parse_eps(eps)
+
+
+def out_of_reach(description: Mapping[str, Any]) -> bool:
+    """Whether an attack's steps add up to less than its eps, too short to cross the ball it claims to search.
+
+    A random start does not count towards the reach: it points anywhere.
+
+    Example:
+        >>> out_of_reach({"eps": 0.3, "steps": 20, "step_size": 0.005})
+        True
+    """
+    eps, steps, step_size = radius(description), description.get("steps"), description.get("step_size")
+    if eps is None or steps is None or step_size is None:
+        return False
+    # Sums such as 10 x 0.03 fall short of 0.3 by rounding alone.
+    return int(steps) * parse_eps(step_size) < eps * (1 - 1e-6)

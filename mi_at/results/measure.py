@@ -1,0 +1,75 @@
+"""From a network to a number: evaluate on the test split, write the record, print the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mi_at.data.base import ImageDataModule
+from mi_at.evaluation.evaluate import evaluate
+from mi_at.evaluation.outcomes import EvalAttack
+from mi_at.results.records import Record, make_record, write_record
+from mi_at.results.runs import RECORD
+from mi_at.results.terminal import print_table
+
+
+def measure(
+    net: nn.Module,
+    attacks: Mapping[str, EvalAttack],
+    data: ImageDataModule,
+    *,
+    config: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    folder: Path,
+    device: torch.device | str = "cpu",
+    processes: int = 1,
+    training: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Record:
+    """Evaluate a network on the test split and keep what was found.
+
+    Args:
+        net: logits out.
+        attacks: by name.
+        data: its test split is read here, after training.
+        config: resolved; its `evaluation` node says how many samples, in which batches, with which seed.
+        checkpoint: which weights: at least {"rule": ...}.
+        folder: where record.json and the per-sample outcomes go.
+        device: to evaluate on.
+        processes: that trained.
+        training: notes on the run.
+        progress: show it.
+
+    Returns:
+        The record, as written.
+    """
+    settings = config["evaluation"]
+    data.setup("test")
+    result = evaluate(
+        net,
+        attacks,
+        data.test_dataloader(),
+        device=device,
+        seed=settings["seed"],
+        n=settings["n"],
+        n_of=settings["n_of"],
+        batch_size=settings["batch_size"],
+        progress=progress,
+    )
+    record = make_record(
+        result,
+        config=config,
+        checkpoint=checkpoint,
+        names=config["choices"],
+        processes=processes,
+        device=device,
+        training=training,
+        tags={"tags": list(config.get("tags", ())), "group": config.get("group")},
+    )
+    write_record(folder / RECORD, record, result)
+    print_table(record)
+    return record

@@ -1,0 +1,122 @@
+"""Run folders: one per configuration, so that a run is recognised, resumed, or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mi_at.results.records import config_hash
+
+RECORD = "record.json"
+CONFIG = "config.json"
+LAST = "last.ckpt"
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's place on disk.
+
+    Attributes:
+        folder: holds config.json, last.ckpt, best.ckpt, metrics.csv, record.json and outcomes.npz.
+        key: readable name, such as mimae-digits-cnn_tiny-s0.
+        hash: of everything in the configuration that can change a number.
+        state: "new", "resumed" (last.ckpt is there and is continued) or "finished" (record.json is there).
+    """
+
+    folder: Path
+    key: str
+    hash: str
+    state: str
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint to resume from."""
+        return self.folder / LAST
+
+    @property
+    def record(self) -> Path:
+        """The result."""
+        return self.folder / RECORD
+
+
+def open_run(
+    config: Mapping[str, Any],
+    *,
+    key: str,
+    parent: Path,
+    folder: Path | None = None,
+    resume: bool = False,
+    processes: int | None = None,
+) -> Run:
+    """Find the run folder of a configuration and what can be done in it; nothing on disk is lost.
+
+    Args:
+        config: resolved configuration, plain values.
+        key: readable name.
+        parent: folder of run folders.
+        folder: a folder of the user's own instead of <parent>/<key>-<hash>.
+        resume: continue from last.ckpt where there is one.
+        processes: that train, where their number can change a result.
+
+    Returns:
+        The run, its folder made and config.json written.
+
+    Raises:
+        RunError: the folder belongs to another configuration, holds something else, or holds an unfinished run
+            that was not asked to be resumed.
+        OSError: the folder cannot be written.
+    """
+    digest = config_hash(config, processes=processes)
+    path = folder or parent / f"{key}-{digest}"
+    existing = path / CONFIG
+    if existing.is_file():
+        found = _read_hash(existing)
+        if found != digest:
+            raise RunError(
+                f"{path} holds a run of another configuration ({found}, not {digest}): choose another run_dir="
+            )
+    elif path.is_dir() and any(path.iterdir()):
+        raise RunError(f"{path} is not empty and holds no run of mi_at: choose another run_dir=")
+    state = "finished" if (path / RECORD).is_file() else "resumed" if (path / LAST).is_file() else "new"
+    if state == "resumed" and not resume:
+        raise RunError(
+            f"{path} holds an unfinished run of this configuration: resume=true continues it; delete the folder to"
+            " start anew"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not existing.is_file():
+            write_json(existing, {"hash": digest, "key": key, "config": config})
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"cannot write the run folder {path}: {why}; choose another runs= or run_dir=") from error
+    return Run(path, key, digest, state)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w") as file:
+            json.dump(document, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _read_hash(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text())["hash"])
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{path} is damaged ({error}): move the folder away or choose another run_dir=") from error

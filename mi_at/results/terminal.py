@@ -1,0 +1,176 @@
+"""Tables of records: in a terminal, as plain text, and as Markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from mi_at.evaluation.intervals import wilson
+from mi_at.evaluation.outcomes import CLEAN
+from mi_at.functional.geometry import parse_eps
+from mi_at.results.records import AttackRecord, Record
+
+HEADINGS = ("attack", "norm", "eps", "steps", "n", "accuracy %", "flags")
+BARE_FROM = 1000  # below so many samples the interval is printed beside the number (the audit's n_small)
+NOT_RUN = "-"
+_RIGHT = {"eps", "steps", "n", "accuracy %"}
+
+
+def print_table(record: Record, *, stream: TextIO | None = None) -> None:
+    """Print a record's rows, and a sentence per flag below them.
+
+    Args:
+        record: what to show.
+        stream: where to; standard output by default. Colours and lines in a terminal, plain columns
+            elsewhere.
+    """
+    stream = stream if stream is not None else sys.stdout
+    title = f"{record.key}: {record.split} split, {record.checkpoint['rule']} checkpoint, budget {record.budget}"
+    rows = [table_row(row) for row in record.attacks]
+    notes = [
+        f"{row.name}: {row.messages[flag]}" for row in record.attacks for flag in row.flags if flag in row.messages
+    ]
+    if not (stream.isatty() and _print_rich(title, rows, notes, stream)):
+        stream.write("\n".join([title, *_columns(rows), *notes]) + "\n")
+    stream.flush()
+
+
+def print_header(title: str, facts: Mapping[str, str], *, stream: TextIO | None = None) -> None:
+    """Print what a run is before it starts, a line per fact."""
+    stream = stream if stream is not None else sys.stdout
+    width = max(len(name) for name in facts)
+    stream.write("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in facts.items())]) + "\n")
+    stream.flush()
+
+
+def table_row(row: AttackRecord) -> tuple[str, ...]:
+    """One row's cells, in the order of `HEADINGS`."""
+    clean = row.name == CLEAN
+    return (
+        row.name,
+        NOT_RUN if clean or row.norm is None else row.norm,
+        NOT_RUN if clean or row.eps is None else format_eps(row.eps),
+        NOT_RUN if row.steps is None else str(row.steps),
+        str(row.n),
+        format_accuracy(row.correct, row.n),
+        " ".join(row.flags) or NOT_RUN,
+    )
+
+
+def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[str, str], *, first: str = "run") -> str:
+    """Records as a Markdown table: a row per record, a column per attack.
+
+    The heading of a column names eps and n, which must be the same in all rows: a table never mixes them.
+
+    Args:
+        records: the rows.
+        columns: names of attacks, or names and headings; an attack that a record lacks prints "-".
+        first: heading of the first column, which holds the records' keys.
+
+    Returns:
+        The lines, ending with a newline.
+
+    Raises:
+        ValueError: records of different eps, n, settings of an attack, split or budget.
+    """
+    headings = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
+    for what in ("split", "budget"):
+        if len(found := {str(getattr(record, what)) for record in records}) > 1:
+            raise ValueError(f"a table never mixes values of {what}, found {', '.join(sorted(found))}")
+    cells = {name: [_find(record, name) for record in records] for name in headings}
+    titles = [first, *(_column_title(heading, name, cells[name]) for name, heading in headings.items())]
+    lines = [_markdown(titles), _markdown(["---", *("---:" for _ in headings)])]
+    for place, record in enumerate(records):
+        lines.append(_markdown([f"`{record.key}`", *(_cell(cells[name][place]) for name in headings)]))
+    return "\n".join(lines) + "\n"
+
+
+def format_accuracy(correct: int, n: int) -> str:
+    """Per cent with two decimals; with the 95 % interval and one decimal where n is small.
+
+    Example:
+        >>> format_accuracy(84, 100), format_accuracy(8400, 10000)
+        ('84.0 [75.6, 89.9]', '84.00')
+    """
+    if n >= BARE_FROM:
+        return f"{100 * correct / n:.2f}"
+    low, high = wilson(correct, n)
+    return f"{100 * correct / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def format_eps(eps: float | str) -> str:
+    """A radius as users write it: a short decimal, or a fraction of 255 where it is one.
+
+    Example:
+        >>> format_eps(8 / 255), format_eps(0.031), format_eps("2/255"), format_eps(0.3)
+        ('8/255', '0.031', '2/255', '0.3')
+    """
+    if isinstance(eps, str):
+        return eps
+    value = parse_eps(eps)
+    if abs(round(value, 4) - value) < 1e-9:
+        return f"{round(value, 4):g}"
+    levels = value * 255
+    if round(levels) and abs(levels - round(levels)) < 1e-5:
+        return f"{round(levels)}/255"
+    return f"{value:.4g}"
+
+
+def _find(record: Record, name: str) -> AttackRecord | None:
+    return next((row for row in record.attacks if row.name == name), None)
+
+
+def _cell(row: AttackRecord | None) -> str:
+    if row is None:
+        return NOT_RUN
+    return format_accuracy(row.correct, row.n) + "".join(f" ({flag})" for flag in row.flags)
+
+
+def _column_title(heading: str, name: str, rows: Sequence[AttackRecord | None]) -> str:
+    there = [row for row in rows if row is not None]
+    # What makes a column one measurement; its name alone would let a changed yaml slip in.
+    settings = {(row.attack, row.norm, row.steps, row.step_size, row.eps, row.n) for row in there}
+    if len(settings) > 1:
+        listed = "; ".join(sorted(", ".join(map(str, values)) for values in settings))
+        raise ValueError(f"column {name}: a table never mixes eps, n or settings of an attack, found {listed}")
+    if not there:
+        return heading
+    row = there[0]
+    eps = "" if row.name == CLEAN or row.eps is None else f"eps {format_eps(row.eps)}, "
+    return f"{heading} ({eps}n {row.n})"
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    table = [HEADINGS, *rows]
+    widths = [max(len(row[place]) for row in table) for place in range(len(HEADINGS))]
+    return [
+        "  ".join(
+            cell.rjust(width) if heading in _RIGHT else cell.ljust(width)
+            for cell, width, heading in zip(row, widths, HEADINGS, strict=True)
+        ).rstrip()
+        for row in table
+    ]
+
+
+def _print_rich(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str], stream: TextIO) -> bool:
+    """Whether rich is there and has printed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        return False
+    table = Table(title=Text(title), title_justify="left", caption=Text("\n".join(notes)), caption_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading in _RIGHT else "left")
+    for row in rows:
+        style = "bold" if row[0].startswith("worst of") else None
+        # Text, not str: rich reads square brackets in a string as markup, and intervals have them.
+        table.add_row(*(Text(cell) for cell in row), style=style)
+    Console(file=stream).print(table)
+    return True

@@ -1,0 +1,320 @@
+"""python -m mi_at.train: train one classifier, evaluate it, record the result."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from mi_at import io
+from mi_at.attacks.inner import InnerMaximisation
+from mi_at.callbacks.adversarial_examples import AdversarialExamples
+from mi_at.callbacks.checkpoints import AtomicCheckpointIO, Best, KeepEpochs, Last, Preemption
+from mi_at.callbacks.probe import Probe
+from mi_at.callbacks.progress import Progress
+from mi_at.callbacks.sample_grid import SampleGrid
+from mi_at.callbacks.speed import Speed
+from mi_at.defenses.base import Defense, NonFiniteLossError
+from mi_at.evaluation.evaluate import sizes
+from mi_at.regularizers.base import Context
+from mi_at.results import loggers
+from mi_at.results.measure import measure
+from mi_at.results.records import read_record, run_key
+from mi_at.results.runs import Run, open_run
+from mi_at.results.terminal import print_header, print_table
+
+OWN_TRAINER_OPTIONS = ("channels_last", "compile", "inspect_every")
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    NonFiniteLossError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train, evaluate and record one configuration.
+
+    Args:
+        cfg: conf/train.yaml, composed.
+
+    Returns:
+        The best robust accuracy on validation in percent (what a sweep maximises), where there is a validation split.
+    """
+    config = io.resolve(cfg)
+    check(config)
+    own = {name: config["trainer"][name] for name in OWN_TRAINER_OPTIONS}
+    lightning = {name: value for name, value in config["trainer"].items() if name not in OWN_TRAINER_OPTIONS}
+
+    # Everything that can be wrong is built before a folder is made.
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    net = io.build_net(config["model"])
+    if config["init_from"]:
+        io.load_weights(net, io.read_checkpoint(config["init_from"]))
+    defense: Defense = instantiate(config["defense"])
+    defense.attach(
+        net,
+        optimisation=instantiate(config["optim"]),
+        regularizers={name: instantiate(node) for name, node in config["regularizer"].items()},
+        config=config,
+    )
+    defense.inspect_every = own["inspect_every"]
+    budget: InnerMaximisation = instantiate(config["attack"])
+    attacks = io.build_attacks(config["evaluation"])
+    data = io.build_data(config["dataset"])
+    data.setup("fit")
+    check_sizes(config, attacks)
+    extra_callbacks = [instantiate(node) for node in config["callback"].values()]
+
+    processes = int(lightning["devices"]) * int(lightning["num_nodes"]) if lightning["strategy"] != "auto" else 1
+    run = open_run(
+        config,
+        key=run_key(config, config["choices"]),
+        parent=Path(config["runs"]),
+        folder=Path(config["run_dir"]) if config["run_dir"] else None,
+        resume=config["resume"] or not first_process(),
+        processes=processes if batch_coupled(net) else None,
+    )
+    if first_process():
+        print_header(run.key, header(config, run, net))
+    if run.state == "finished":
+        record = read_record(run.record)
+        print_table(record)
+        return record.training.get("validation")
+
+    adversarial_examples = AdversarialExamples(budget, seed=config["seed"])
+    last = Last(run.folder, every_n_steps=config["save_every_n_steps"])
+    recorders = loggers.build(
+        {name: instantiate(node, _partial_=True) for name, node in config["logger"].items()},
+        folder=run.folder,
+        key=run.key,
+        config_hash=run.hash,
+        tags=config["tags"],
+        group=config["group"],
+        config=config,
+    )
+    best = Best(run.folder) if config["dataset"]["val_size"] else None
+    probe = {name: attacks[name] for name in config["probe"]}
+    callbacks = [
+        adversarial_examples,
+        *extra_callbacks,
+        *([Probe(probe, folder=run.folder)] if probe else []),
+        SampleGrid(run.folder),
+        *([Speed(adversarial_examples), LearningRateMonitor("epoch")] if recorders else []),
+        *([Progress()] if lightning["enable_progress_bar"] else []),
+        Preemption(last),
+        *([best] if best else []),
+        KeepEpochs(run.folder, config["keep_epochs"]),
+        last,
+    ]
+    trainer = pl.Trainer(
+        **lightning,
+        callbacks=callbacks,
+        logger=recorders or False,
+        default_root_dir=run.folder,
+        plugins=[AtomicCheckpointIO()],
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+    )
+    if own["channels_last"]:
+        net.to(memory_format=torch.channels_last)
+    if own["compile"]:
+        net.compile()
+    defense.context = lambda: Context(
+        net=net,
+        epoch=trainer.current_epoch,
+        train_batches=lambda batch_size, augment: iter(data.train_batches(batch_size=batch_size, augment=augment)),
+        draw_per_class=lambda n: data.draw_per_class(n, generator=torch.Generator().manual_seed(trainer.global_step)),
+        attack=adversarial_examples.attack_of(defense),
+    )
+    started = time.perf_counter()
+    trainer.fit(defense, datamodule=data, ckpt_path=run.last if run.state == "resumed" else None, weights_only=True)
+    hours = (time.perf_counter() - started) / 3600
+    if trainer.global_rank:
+        return None
+
+    rule = config["select"] if config["select"] != "auto" else "best" if best else "last"
+    served = io.read_checkpoint(run.folder / f"{rule}.ckpt")
+    validation = None if best is None or best.best_model_score is None else float(best.best_model_score)
+    record = measure(
+        io.load(served.path),
+        attacks,
+        data,
+        config=config,
+        checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
+        folder=run.folder,
+        device=trainer.strategy.root_device,
+        processes=trainer.world_size,
+        training={
+            "validation": validation,
+            "steps": trainer.global_step,
+            "hours_of_last_start": round(hours, 4),
+            "precision": lightning["precision"],
+            "attack_precision": budget.precision,
+            "terms": defense.term_history(),
+        },
+        progress=lightning["enable_progress_bar"],
+    )
+    loggers.log_evaluation(recorders, record, step=trainer.global_step)
+    print(f"\nrun folder: {run.folder}")
+    return validation
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse what cannot give a true number, before anything is built.
+
+    Raises:
+        ValueError: naming the keys and the way out.
+    """
+    trainer = config["trainer"]
+    if trainer["precision"] in ("bf16-true", "16-true"):
+        raise ValueError(f"trainer.precision={trainer['precision']}: it breaks the attack's budget; use bf16-mixed")
+    if config["select"] not in ("auto", "best", "last"):
+        raise ValueError(f"select={config['select']}: expected auto, best or last")
+    if config["select"] == "best" and not config["dataset"]["val_size"]:
+        raise ValueError("select=best needs a validation split: set dataset.val_size")
+    if unknown := sorted(set(config["probe"]) - set(config["evaluation"]["attacks"])):
+        known = ", ".join(config["evaluation"]["attacks"]) or "none"
+        raise ValueError(f"probe={unknown}: expected attacks of evaluation={config['choices']['evaluation']}: {known}")
+    if trainer["accumulate_grad_batches"] != 1 and len(config["regularizer"]):
+        raise ValueError("trainer.accumulate_grad_batches: a term coupled over the batch needs the whole batch; use 1")
+    devices = trainer["devices"]
+    if trainer["accelerator"] in ("gpu", "cuda") and isinstance(devices, int) and devices > torch.cuda.device_count():
+        raise ValueError(f"trainer.devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
+    check_recipe(config)
+
+
+def check_recipe(config: Mapping[str, Any]) -> None:
+    """A group chosen by the user must not silently keep a recipe's values, such as an SGD rate under optim=adam.
+
+    Raises:
+        ValueError: naming the group and the values.
+    """
+    recipe = config["choices"]["recipe"]
+    if recipe == "none":
+        return
+    given = [override.lstrip("+~") for override in HydraConfig.get().overrides.task]
+    chosen = {name for name, _, _ in (override.partition("=") for override in given) if "." not in name}
+    values = {name for name, _, _ in (override.partition("=") for override in given) if "." in name}
+    for group in sorted(chosen & {"optim", "attack"}):
+        kept = [key for key in io.recipe_keys(recipe) if key.startswith(f"{group}.") and key not in values]
+        if kept:
+            raise ValueError(
+                f"{group}={config['choices'][group]} would keep the values of recipe {recipe}: {', '.join(kept)}; "
+                f"give them on the command line, or use recipe=none"
+            )
+
+
+def check_sizes(config: Mapping[str, Any], attacks: Mapping[str, Any]) -> None:
+    """Refuse an evaluation of more samples than the test split can have, before training.
+
+    Raises:
+        ValueError: n or n_of below 1, or names no attack has.
+    """
+    settings = config["evaluation"]
+    sizes(attacks, sys.maxsize, n=settings["n"], n_of=settings["n_of"])
+
+
+def first_process() -> bool:
+    """Whether this is not a process that another one of the same run has started."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def batch_coupled(net: nn.Module) -> bool:
+    """Whether a forward depends on how the global batch is cut: batch norm or dropout."""
+    return any(isinstance(module, _BatchNorm | _DropoutNd) for module in net.modules())
+
+
+def header(config: Mapping[str, Any], run: Run, net: nn.Module) -> dict[str, str]:
+    """What a reader wants to know before waiting for a run."""
+    choices, attack, optim, data = config["choices"], config["attack"], config["optim"], config["dataset"]
+    recipe = choices["recipe"]
+    customary = (
+        f"none for {choices['defense']}_{choices['dataset']}_{choices['model']}: customary threat model of the data"
+    )
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return {
+        "defense": " + ".join([choices["defense"], *config["regularizer"]]),
+        "data": f"{choices['dataset']}, batch {data['batch_size']}, validation {data['val_size']}",
+        "model": f"{choices['model']}, {parameters:,} parameters",
+        "attack": f"{attack['norm']} eps {attack['eps']}, {attack['steps']} steps of {attack['step_size']}",
+        "optimiser": f"{choices['optim']} lr {optim['lr']}, {optim['schedule']}, {optim['epochs']} epochs",
+        "recipe": recipe if recipe != "none" else customary + " and default schedule",
+        "budget": config["budget"],
+        "seed": str(config["seed"]),
+        "run": f"{run.folder} ({run.state})",
+    }
+
+
+def quiet() -> None:
+    """Silence what libraries say at every start; warnings about the user's own settings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
+    for text in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def report_errors(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """An error of the user's is one line and exit status 1; in a multirun Hydra reports it and goes on."""
+
+    @functools.wraps(run)
+    def reported(cfg: DictConfig) -> Any:
+        quiet()
+        try:
+            return run(cfg)
+        except USER_ERRORS as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            cause: BaseException = error
+            while isinstance(cause, HydraException) and isinstance(cause.__cause__, USER_ERRORS):
+                cause = cause.__cause__
+            sys.exit(f"error: {cause}\n(HYDRA_FULL_ERROR=1 shows where)")
+
+    return reported
+
+
+@report_errors
+def job(cfg: DictConfig) -> float | None:
+    """One run."""
+    return train(cfg)
+
+
+def main() -> None:
+    """The command line."""
+    io.register_resolvers()
+    hydra.main(version_base="1.3", config_path=io.conf_dir(), config_name="train")(job)()
+
+
+if __name__ == "__main__":
+    main()

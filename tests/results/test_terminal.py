@@ -1,0 +1,108 @@
+"""Tables: what a reader sees, in a terminal, in a log and in a README; and what a table refuses to mix."""
+
+import io
+from dataclasses import replace
+
+import pytest
+
+from mi_at.results.terminal import format_accuracy, format_eps, markdown_table, print_table
+from tests.results.makers import NAMES, config, evaluation, record
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def printed(stream: io.StringIO, **options) -> str:
+    print_table(record(**options), stream=stream)
+    return stream.getvalue()
+
+
+def test_plain_table() -> None:
+    text = printed(io.StringIO())
+    lines = text.splitlines()
+    assert lines[0] == "mimae-digits-cnn_tiny-s0: test split, best checkpoint, budget short"
+    assert lines[1].split() == ["attack", "norm", "eps", "steps", "n", "accuracy", "%", "flags"]
+    assert lines[2].startswith("clean ")
+    assert lines[2].split()[1:5] == ["-", "-", "-", "40"]
+    assert lines[3].startswith("fgsm ")
+    assert lines[3].split()[1:5] == ["linf", "0.02", "1", "40"]
+    assert lines[4].startswith("pgd_20 ")
+    assert lines[4].endswith("reach")
+    assert lines[5].startswith("worst of fgsm, pgd_20  linf")
+    assert lines[6] == "pgd_20: 20 steps of 0.00025 cannot cross a ball of eps 0.02"
+    assert "\x1b" not in text
+    # n < 1000: never a bare number.
+    assert all("[" in line for line in lines[2:6])
+
+
+def test_terminal_table_keeps_the_intervals() -> None:
+    pytest.importorskip("rich")
+    text = printed(Terminal())
+    row = record()["fgsm"]
+    assert format_accuracy(row.correct, row.n) in text
+    assert "reach" in text
+    assert "accuracy %" in text
+
+
+def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(record())
+    assert "pgd_20" in capsys.readouterr().out
+
+
+def test_table_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert printed(Terminal()) == printed(io.StringIO())
+
+
+def test_accuracy_format() -> None:
+    assert format_accuracy(999, 1000) == "99.90"
+    assert format_accuracy(0, 200) == "0.0 [0.0, 1.9]"
+    assert format_accuracy(360, 360) == "100.0 [98.9, 100.0]"
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [
+        *[(8 / 255, "8/255"), (128 / 255, "128/255"), ("8/255", "8/255")],
+        *[
+            (0.031, "0.031"),
+            (0.3, "0.3"),
+            (0.5, "0.5"),
+            (0.2, "0.2"),
+            (1, "1"),
+            (0, "0"),
+            (0.123456, "0.1235"),
+        ],
+    ],
+)
+def test_eps_format(eps: float | str, text: str) -> None:
+    assert format_eps(eps) == text
+
+
+def test_markdown() -> None:
+    first, second = record(seed=0), record(seed=1, names={**NAMES, "defense": "ce"})
+    text = markdown_table([first, second], {"clean": "clean", "pgd_20": "PGD-20", "autoattack": "AutoAttack"})
+    lines = text.splitlines()
+    assert lines[0] == "| run | clean (n 40) | PGD-20 (eps 0.02, n 20) | AutoAttack |"
+    assert lines[1] == "| --- | ---: | ---: | ---: |"
+    assert lines[2].startswith("| `mimae-digits-cnn_tiny-s0` | 80.0 [")
+    assert lines[2].endswith(" (reach) | - |")
+    assert lines[3].startswith("| `ce-digits-cnn_tiny-s1` |")
+    assert len(lines) == 4
+    assert text.endswith("\n")
+
+
+def test_markdown_never_mixes() -> None:
+    base = record()
+    with pytest.raises(ValueError, match=r"column fgsm: a table never mixes eps, n"):
+        markdown_table([base, record(evaluation(eps=0.03))], ["fgsm"])
+    with pytest.raises(ValueError, match=r"column clean: a table never mixes eps, n"):
+        markdown_table([base, record(evaluation(n=30))], ["clean"])
+    with pytest.raises(ValueError, match=r"never mixes values of budget, found paper, short"):
+        markdown_table([base, record(config=config(budget="paper"))], ["clean"])
+    with pytest.raises(ValueError, match=r"never mixes values of split, found test, val"):
+        markdown_table([base, replace(base, split="val")], ["clean"])
