@@ -1,8 +1,8 @@
 """Images per second per core: our loader against torchvision's transforms in a DataLoader.
 
-Both give shuffled batches of CIFAR-10, randomly cropped (padding 4) and flipped, as float32 in [0, 1], on one
-CPU thread and without worker processes. Rounds alternate, so that a slow moment of the machine hits both. Uses
-the real images under MI_AT_DATA (or --root), random ones of the same shape without them.
+Both give shuffled batches of CIFAR-10, randomly cropped (padding 4) and flipped, as float32 in [0, 1], on
+one CPU thread and without worker processes. Rounds alternate, so that a slow moment of the machine hits both.
+Uses the real images under MI_AT_DATA (or --root), random ones of the same shape without them.
 
     python benchmarks/loader.py [--rounds 5] [--batch-size 128] [--root data]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from mi_at import io
+from mi_at.evaluation.evaluate import sizes
 from mi_at.results.measure import measure
 from mi_at.results.records import config_hash, run_key
 from mi_at.results.terminal import print_header
-from mi_at.train import check_sizes, report_errors
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -32,7 +33,7 @@ def evaluate(cfg: DictConfig) -> None:
     name = str(HydraConfig.get().runtime.choices["evaluation"])
     config["choices"] = {**trained["choices"], "evaluation": name}
     attacks = io.build_attacks(config["evaluation"])
-    check_sizes(config, attacks)
+    sizes(attacks, sys.maxsize, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     data = io.build_data(config["dataset"])
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -58,7 +59,7 @@ def evaluate(cfg: DictConfig) -> None:
     )
 
 
-@report_errors
+@io.report_errors
 def job(cfg: DictConfig) -> None:
     """One evaluation."""
     evaluate(cfg)

@@ -1,25 +1,44 @@
-"""What lies on disk: the configuration folder, networks built from it, and checkpoints that carry theirs."""
+"""Between the command line, the disk and the rest: configurations, what they build, checkpoints that carry theirs."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
+import os
 import pickle
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from mi_at.data import CUSTOMARY_KEYS
 from mi_at.data.base import ImageDataModule
 from mi_at.data.folder import class_names
+from mi_at.defenses.base import NonFiniteLossError
 from mi_at.evaluation.outcomes import EvalAttack
 from mi_at.functional.geometry import parse_eps
+
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    NonFiniteLossError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
 
 
 class CheckpointError(ValueError):
@@ -217,3 +236,35 @@ def load_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
             + "; ".join(problems)
         )
     net.load_state_dict(checkpoint.net_state)
+
+
+def quiet() -> None:
+    """Silence what libraries say at every start; warnings about the user's own settings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    for text in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def report_errors(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """An error of the user's is one line and exit status 1; in a multirun Hydra reports it and goes on."""
+
+    @functools.wraps(run)
+    def reported(cfg: DictConfig) -> Any:
+        quiet()
+        try:
+            return run(cfg)
+        except USER_ERRORS as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            cause: BaseException = error
+            while isinstance(cause, HydraException) and isinstance(cause.__cause__, USER_ERRORS):
+                cause = cause.__cause__
+            sys.exit(f"error: {cause}\n(HYDRA_FULL_ERROR=1 shows where)")
+
+    return reported

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,9 @@ import hydra
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -35,7 +28,7 @@ from mi_at.callbacks.probe import Probe
 from mi_at.callbacks.progress import Progress
 from mi_at.callbacks.sample_grid import SampleGrid
 from mi_at.callbacks.speed import Speed
-from mi_at.defenses.base import Defense, NonFiniteLossError
+from mi_at.defenses.base import Defense
 from mi_at.evaluation.evaluate import sizes
 from mi_at.regularizers.base import Context
 from mi_at.results import loggers
@@ -45,14 +38,6 @@ from mi_at.results.runs import Run, open_run
 from mi_at.results.terminal import print_header, print_table
 
 OWN_TRAINER_OPTIONS = ("channels_last", "compile", "inspect_every")
-USER_ERRORS = (
-    ValueError,
-    OSError,
-    NonFiniteLossError,
-    HydraException,
-    OmegaConfBaseException,
-    MisconfigurationException,
-)
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -86,7 +71,7 @@ def train(cfg: DictConfig) -> float | None:
     attacks = io.build_attacks(config["evaluation"])
     data = io.build_data(config["dataset"])
     data.setup("fit")
-    check_sizes(config, attacks)
+    sizes(attacks, sys.maxsize, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     extra_callbacks = [instantiate(node) for node in config["callback"].values()]
 
     processes = int(lightning["devices"]) * int(lightning["num_nodes"]) if lightning["strategy"] != "auto" else 1
@@ -231,16 +216,6 @@ def check_recipe(config: Mapping[str, Any]) -> None:
             )
 
 
-def check_sizes(config: Mapping[str, Any], attacks: Mapping[str, Any]) -> None:
-    """Refuse an evaluation of more samples than the test split can have, before training.
-
-    Raises:
-        ValueError: n or n_of below 1, or names no attack has.
-    """
-    settings = config["evaluation"]
-    sizes(attacks, sys.maxsize, n=settings["n"], n_of=settings["n_of"])
-
-
 def first_process() -> bool:
     """Whether this is not a process that another one of the same run has started."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
@@ -272,39 +247,7 @@ def header(config: Mapping[str, Any], run: Run, net: nn.Module) -> dict[str, str
     }
 
 
-def quiet() -> None:
-    """Silence what libraries say at every start; warnings about the user's own settings stay."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
-    for text in (
-        ".*does not have many workers.*",
-        ".*is smaller than the logging interval.*",
-        ".*exists and is not empty.*",
-    ):
-        warnings.filterwarnings("ignore", text)
-
-
-def report_errors(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """An error of the user's is one line and exit status 1; in a multirun Hydra reports it and goes on."""
-
-    @functools.wraps(run)
-    def reported(cfg: DictConfig) -> Any:
-        quiet()
-        try:
-            return run(cfg)
-        except USER_ERRORS as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            cause: BaseException = error
-            while isinstance(cause, HydraException) and isinstance(cause.__cause__, USER_ERRORS):
-                cause = cause.__cause__
-            sys.exit(f"error: {cause}\n(HYDRA_FULL_ERROR=1 shows where)")
-
-    return reported
-
-
-@report_errors
+@io.report_errors
 def job(cfg: DictConfig) -> float | None:
     """One run."""
     return train(cfg)

@@ -39,7 +39,11 @@ _FLAGS = {
     "dynamic defense": "gradients_in_forward",
     "Square Attack has decreased": "square_beats_gradients",
 }
-_PROGRESS = re.compile(r"^(\S+) - (\d+)/(\d+) - ")
+_BEGINS = re.compile(r"^running (\S+)$")
+_BATCH = re.compile(r"^(\S+) - (\d+)/(\d+) - (\d+) out of \d+ successfully")
+
+OnProgress = Callable[[str, int, int, int], None]
+"""Told (component, batches done, batches, samples broken so far); 0, 0 batches when a component begins."""
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +132,7 @@ class AutoAttack:
         *,
         ids: Tensor | None = None,
         seed: int = 0,
-        on_progress: Callable[[str, int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
         on_flag: Callable[[str, str], None] | None = None,
     ) -> Tensor:
         """Attack images; a sample that no component breaks comes back unchanged.
@@ -139,7 +143,7 @@ class AutoAttack:
             y: [N] int64.
             ids: not used: the package's noise depends on the batch.
             seed: used where the field `seed` is None.
-            on_progress: told (component, batches done, batches) after every batch.
+            on_progress: told when a component begins, and after each of its batches.
             on_flag: told (flag, message) of every kind of warning once; None: they are logged.
 
         Returns:
@@ -204,9 +208,7 @@ def forked_rng() -> Iterator[None]:
 
 
 @contextmanager
-def _listening(
-    on_progress: Callable[[str, int, int], None] | None, on_flag: Callable[[str, str], None] | None
-) -> Iterator[None]:
+def _listening(on_progress: OnProgress | None, on_flag: Callable[[str, str], None] | None) -> Iterator[None]:
     """Turn what the package logs into calls; keep its log and its trace function to itself."""
     library = logging.getLogger("auto-attack")
     handler = _Listener(on_progress, on_flag)
@@ -226,13 +228,12 @@ def _listening(
 class _Listener(logging.Handler):
     """Parses the package's log records."""
 
-    def __init__(
-        self, on_progress: Callable[[str, int, int], None] | None, on_flag: Callable[[str, str], None] | None
-    ) -> None:
+    def __init__(self, on_progress: OnProgress | None, on_flag: Callable[[str, str], None] | None) -> None:
         super().__init__(logging.DEBUG)
         self.on_progress = on_progress
         self.on_flag = on_flag
         self.seen: set[str] = set()
+        self.broken = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Report a batch done, or a warning of a kind not seen before."""
@@ -245,8 +246,12 @@ class _Listener(logging.Handler):
                     self.on_flag(flag, message)
                 else:
                     logger.warning("%s: %s", flag, message)
-        elif self.on_progress is not None and (match := _PROGRESS.match(message)):
-            self.on_progress(match[1], int(match[2]), int(match[3]))
+        elif self.on_progress is not None:
+            if match := _BEGINS.match(message):
+                self.on_progress(match[1], 0, 0, self.broken)
+            elif match := _BATCH.match(message):
+                self.broken += int(match[4])
+                self.on_progress(match[1], int(match[2]), int(match[3]), self.broken)
 
 
 def _library_version() -> str:

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from mi_at.attacks.autoattack import forked_rng
 from mi_at.attacks.contexts import attacking
 from mi_at.data.batch import Batch
-from mi_at.defenses.base import Defense
+from mi_at.regularizers.base import TrainingRule
 
 CLEAN = "clean"
 
@@ -86,7 +86,7 @@ class Probe(Callback):
         """Attack one batch."""
         if not self._due(trainer):
             return
-        net = cast(Defense, pl_module).net
+        net = cast(TrainingRule, pl_module).net
         with attacking(net), forked_rng():
             right = _predict(net, batch.x) == batch.y
             self._right[CLEAN].update(right.float())

@@ -262,8 +262,8 @@ class Defense(LightningModule):
         step, term = (int(v) for v in self._non_finite)
         if step >= 0:
             raise NonFiniteLossError(
-                f"the term {self._term_names[term]!r} of the loss was not finite at step {step}; the last checkpoint is from "
-                "before. Lower optim.lr or the term's weight, or clip gradients (trainer.gradient_clip_val=1)."
+                f"the term {self._term_names[term]!r} of the loss was not finite at step {step}; the last checkpoint "
+                "is from before. Lower optim.lr or the term's weight, or clip gradients (trainer.gradient_clip_val=1)."
             )
 
     def _note_non_finite(self, terms: Mapping[str, Tensor]) -> None:

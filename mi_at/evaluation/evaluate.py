@@ -230,7 +230,9 @@ def _attack(
     if whole_set := bool(getattr(attack, "whole_set", False)):
         places_at_once = max(1, len(right))
         options = {
-            "on_progress": lambda part, done, total: bar.note(f"{part} {done}/{total}"),
+            "on_progress": lambda part, done, total, broken: bar.note(
+                f"{part} {done}/{total}, {100 * (len(right) - broken) / n:.1f} % right of {n}"
+            ),
             "on_flag": flags.setdefault,
         }
     for places in right.split(places_at_once):

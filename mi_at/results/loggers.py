@@ -230,7 +230,7 @@ class MetricsFile(Logger):
         self._folder = Path(folder)
         self._path = self._folder / "metrics.csv"
         self._columns: list[str] = []
-        self._last: dict[str, Any] = {}
+        self._last: dict[str, str] = {}
         self._tail = 0  # where the last row begins, in bytes
         self._opened = False
 
@@ -264,9 +264,8 @@ class MetricsFile(Logger):
         if not self._opened:
             self._open(step)
         step = int(self._last.get("step", 0)) if step is None else step
-        row = {name: float(value) for name, value in metrics.items()} | {"step": step}
-        if "epoch" in row:
-            row["epoch"] = int(row["epoch"])
+        # Nine digits give a float32 back exactly.
+        row = {name: f"{float(value):.9g}" for name, value in metrics.items()} | {"step": str(step)}
         same = bool(self._last) and int(self._last["step"]) == step
         row = self._last | row if same else row
         self._last = row
@@ -289,7 +288,7 @@ class MetricsFile(Logger):
             self._path.unlink()
         self._opened = True
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> list[dict[str, str]]:
         if not self._path.is_file():
             return []
         lines = self._path.read_text().splitlines(keepends=True)
@@ -297,7 +296,7 @@ class MetricsFile(Logger):
         rows = list(csv_format.DictReader(line for line in lines if line.endswith("\n")))
         return [row for row in rows if (row.get("step") or "").isdigit()]
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def _write(self, rows: list[dict[str, str]]) -> None:
         """Write the whole file, or leave the one that is there."""
         names = sorted({name for row in rows for name in row} - {"epoch", "step"})
         self._columns = ["epoch", "step", *names]
@@ -308,7 +307,7 @@ class MetricsFile(Logger):
         part.replace(self._path)
         self._tail = len(head)
 
-    def _lines(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
+    def _lines(self, rows: Iterable[Mapping[str, str]]) -> bytes:
         text = io.StringIO(newline="")
         csv_format.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
         return text.getvalue().encode()

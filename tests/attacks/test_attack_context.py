@@ -1,5 +1,7 @@
 """attacking(net): the state of the network during an attack, and the same state as before afterwards."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,13 +179,23 @@ def test_an_unknown_mode_is_named():
         pass
 
 
-def test_images_and_labels_may_come_out_of_an_inference_loop():
+@pytest.mark.parametrize("name", ["cross_entropy", "margin", "dlr", "kl_to"])
+def test_images_and_targets_may_come_out_of_an_inference_loop(name):
+    """A loader iterated under inference_mode collates inference tensors, which autograd refuses to save."""
     net = network()
+    with torch.no_grad():
+        logits = net.eval()(X + 0.05)
+
+    def objective(target: Tensor) -> Callable[[Tensor], Tensor]:
+        return getattr(objectives, name)(net, target, **({"kappa": 50.0} if name == "margin" else {}))
+
+    target = logits if name == "kl_to" else Y
     with attacking(net):
-        expected = attack(net)
+        expected = pgd(objective(target), X, eps=0.1, step_size=0.05, steps=3, init="zero")
     with torch.inference_mode():
-        x, y = X.clone(), Y.clone()
+        x, target = X.clone(), target.clone()
         assert x.is_inference()
+        assert target.is_inference()
         with attacking(net):
-            got = pgd(objectives.cross_entropy(net, y), x, eps=0.1, step_size=0.05, steps=3, init="zero")
+            got = pgd(objective(target), x, eps=0.1, step_size=0.05, steps=3, init="zero")
     assert torch.equal(got, expected)

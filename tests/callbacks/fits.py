@@ -91,7 +91,7 @@ def fit(
         enable_checkpointing=any(type(callback).__name__ == "Last" for callback in callbacks),
     )
     trainer.fit(
-        defense or module(channels=channels, epochs=epochs),
+        defense or module(channels=channels, epochs=max(1, epochs)),
         Fresh(train, channels=channels),
         Fresh(val, channels=channels, seed=1) if val else None,
         ckpt_path=ckpt,

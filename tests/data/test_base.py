@@ -233,8 +233,8 @@ def cifar(root: Path, **options: object) -> TinyCIFAR10:
 @pytest.mark.parametrize("placement", ["auto", "mmap", "memory"])
 def test_extra_images(tmp_path: Path, placement: str) -> None:
     official = torch.from_numpy(make_cifar10(tmp_path))
-    extra = torch.from_numpy(make_extra(tmp_path / "extra.npz")).permute(0, 3, 1, 2)
-    data = cifar(tmp_path, extra=tmp_path / "extra.npz", placement=placement, val_size=10)
+    extra = torch.from_numpy(make_extra(tmp_path / "extra.npz", count=45)).permute(0, 3, 1, 2)
+    data = cifar(tmp_path, extra=tmp_path / "extra.npz", placement=placement, val_size=20)
     loader = data.train_dataloader()
     assert len(loader) == 5  # ceil(100 / 20): the official training set, whatever is held out
     for batch in loader:

@@ -178,10 +178,16 @@ def test_warnings_become_flags(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_progress_counts_batches(case) -> None:
     net, x, y = case
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int, int]] = []
     attack = AutoAttack(eps=0.001, attacks=["apgd-ce", "square"], queries=2, batch_size=6)
     attack(net, x, y, on_progress=lambda *call: calls.append(call))
-    assert calls == [("apgd-ce", 1, 2), ("apgd-ce", 2, 2), ("square", 1, 2), ("square", 2, 2)]
+    steps = [(0, 0, 0), (1, 2, 0), (2, 2, 0)]
+    assert calls == [(part, *step) for part in ("apgd-ce", "square") for step in steps]
+    # The counts of what is broken add up to what comes back changed.
+    AutoAttack(eps=0.05, attacks=["apgd-ce"])(net, x, y, on_progress=lambda *call: calls.append(call))
+    changed = (AutoAttack(eps=0.05, attacks=["apgd-ce"])(net, x, y) != x).flatten(1).any(dim=1)
+    assert calls[-1] == ("apgd-ce", 1, 1, int(changed.sum()))
+    assert changed.any()
 
 
 @pytest.mark.parametrize(

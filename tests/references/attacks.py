@@ -80,10 +80,9 @@ def ascend(x_adv: Tensor, gradient: Tensor, step_size: float, which: str) -> Ten
     length = math.sqrt(sum(v * v for v in g))
     out = []
     for a, v in zip(flat, g, strict=True):
-        if which == "linf":
-            direction = 1.0 if v > 0 else -1.0 if v < 0 else 0.0
-        else:
-            direction = v / length if length > 0 else 0.0
+        direction = 0.0
+        if v != 0.0:
+            direction = math.copysign(1.0, v) if which == "linf" else v / length
         out.append(a + step_size * direction)
     return torch.tensor(out, dtype=x_adv.dtype).reshape(x_adv.shape)
 
