@@ -83,6 +83,10 @@ hooks: $(ENVIRONMENT) ## run the checks of .pre-commit-config.yaml before every 
 bench: $(ENVIRONMENT) ## the step benchmark, side by side with plain loops and peers
 	@$(BIN)/python benchmarks/step.py $(ARGS)
 
+.PHONY: tables
+tables: $(ENVIRONMENT) ## write the README's tables anew from the records in results/
+	@$(BIN)/python -m mi_at.results.readme
+
 # No environment is made: it runs with the Python that is there, and files of gpu tests import nothing optional.
 .PHONY: gpu
 gpu: ## the tests marked gpu and the step benchmark, with the Python that is there (PYTHON=python3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -65,13 +66,16 @@ class Progress(ProgressBar):
         self._total = trainer.estimated_stepping_batches
         self._begin_epoch()
         if self._stream.isatty():
+            total = None if math.isinf(self._total) else int(self._total)
+            wide = _columns(self._stream) > 0
             self._bar = tqdm(
-                total=None if math.isinf(self._total) else int(self._total),
+                total=total,
                 initial=trainer.global_step,
                 desc=self._epoch(trainer),
                 file=self._stream,
-                bar_format=FORMAT,
-                dynamic_ncols=True,
+                bar_format=FORMAT if total else None,
+                dynamic_ncols=wide,
+                ncols=None if wide else 80,  # tqdm shows nothing in a terminal that says it has no columns
                 mininterval=SECONDS,
                 smoothing=0,  # the mean speed, so that validations are in the time left
             )
@@ -168,3 +172,11 @@ class Progress(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _columns(stream: TextIO) -> int:
+    """Width of a terminal; 0 where it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
+from mi_at.functional.distributed import world_size
 from mi_at.regularizers.base import TrainingRule
 
 
@@ -46,12 +50,20 @@ class EMA(EMAWeightAveraging):
 class SWA(WeightAveraging):
     """Plain average of the weights at the ends of epochs from `start_epoch` on.
 
+    The average of batch-norm statistics is not the statistics of the averaged network: they are measured anew after
+    each update, in one pass over the training images.
+
     Args:
         start_epoch: finished epochs of the paper after which averaging starts.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     def __init__(self, *, start_epoch: int = 75) -> None:
-        super().__init__(use_buffers=True)
+        if start_epoch < 0:
+            raise ValueError(f"callback.swa.start_epoch={start_epoch}: expected 0 or more")
+        super().__init__(use_buffers=False)
         self.start_epoch = start_epoch
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
@@ -71,9 +83,25 @@ class SWA(WeightAveraging):
             _copy(pl_module, self._average_model)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Update the average."""
+        """Update the average, and its batch-norm statistics."""
         super().on_train_epoch_end(trainer, pl_module)
-        _copy_integers(pl_module, self._average_model)
+        if self.should_update(epoch_idx=trainer.current_epoch):
+            average: Any = self._average_model
+            _measure_statistics(average.module.net, trainer)
+
+
+@torch.no_grad()
+def _measure_statistics(net: nn.Module, trainer: Trainer) -> None:
+    """Batch norm's running statistics of `net` on the training images, the same on every process."""
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    update_bn((batch.x for batch in data.train_batches(augment=True)), net)
+    if world_size() > 1:
+        for statistics in (buffer for module in norms for buffer in module.buffers() if buffer.is_floating_point()):
+            dist.all_reduce(statistics)
+            statistics.div_(world_size())
 
 
 @torch.no_grad()

@@ -60,8 +60,9 @@ class Defense(LightningModule):
         self._non_finite: Tensor | None = None
         self._history: list[tuple[int, Tensor]] = []
         self._history_names: list[str] = []
-        self._accuracy = {name: MeanMetric() for name in ("train/clean", "train/robust")}
-        self._selection = {name: MeanMetric() for name in ("clean", *SELECTION_ATTACKS, "robust")}
+        # torchmetrics' check for NaN would wait for the device at every update.
+        self._accuracy = {name: MeanMetric(nan_strategy="disable") for name in ("train/clean", "train/robust")}
+        self._selection = {name: MeanMetric(nan_strategy="disable") for name in ("clean", *SELECTION_ATTACKS, "robust")}
 
     def attach(
         self,

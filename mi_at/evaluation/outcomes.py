@@ -88,7 +88,11 @@ class AttackResult:
 
     @property
     def unmoved(self) -> int:
-        """Right samples that the attack gave back as they were; many hint at vanishing gradients."""
+        """Samples that stay right and came back as they were.
+
+        From PGD, which returns its last iterate, many hint at vanishing gradients; from AutoAttack they are
+        what it could not break.
+        """
         return int((self.correct & (self.distance == 0)).sum())
 
 

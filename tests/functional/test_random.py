@@ -166,6 +166,14 @@ def test_gaussian_statistics(seed, first):
     assert tail == pytest.approx(0.0027, abs=4 * math.sqrt(0.0027 / n))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_same_noise_on_an_accelerator():
+    chosen = torch.tensor([0, 7, 2**40 + 5], dtype=torch.int64)
+    assert torch.equal(uniform(chosen.cuda(), SHAPE, 3).cpu(), uniform(chosen, SHAPE, 3))
+    torch.testing.assert_close(gaussian(chosen.cuda(), SHAPE, 3).cpu(), gaussian(chosen, SHAPE, 3), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("noise", [uniform, gaussian])
 @pytest.mark.parametrize("shape", [(1,), (2,), (3,), (1, 1, 1), (3, 8, 8)])
 def test_any_shape(noise, shape):

@@ -1,0 +1,110 @@
+"""Tables of the README, generated from the records in results/ so that no number is typed.
+
+`python -m mi_at.results.readme` rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->`; a test fails
+where the README and the records differ.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from mi_at.results.records import Record, read_record
+from mi_at.results.terminal import NOT_RUN, format_accuracy, format_eps, markdown_table
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD_TO_HEAD = {
+    "clean": "clean",
+    "fgsm": "FGSM",
+    "pgd_20": "PGD-20",
+    "pgd_50x10": "PGD-50 x 10",
+    "cw_50x10": "CW-inf-50 x 10",
+    "square": "Square",
+    "autoattack": "AutoAttack",
+    "worst": "worst of all",
+}
+# Columns of MIMAE-AT's Table 8, the name of our attack as printed, and of the honest one beside it.
+TABLE_8 = (
+    ("Natural", "clean", "clean"),
+    ("FGSM", "fgsm", "fgsm_as_printed"),
+    ("PGD-20", "pgd20", "pgd_20"),
+    ("PGD-40", "pgd40", "pgd_40"),
+    ("CW-inf", "cw_linf", "cw_inf"),
+    ("PGD-l2", "pgd_l2", "pgd_l2"),
+    ("FGSM, one step of 0.3", "", "fgsm"),
+    ("PGD-40, step 0.01", "", "pgd_40_honest"),
+)
+
+
+def render(text: str, root: Path = ROOT) -> str:
+    """The README with its tables made anew.
+
+    Args:
+        text: the README.
+        root: of the checkout.
+
+    Returns:
+        The text, with the tables of today's records.
+
+    Raises:
+        ValueError: a marker names a table there is no maker for.
+    """
+    makers = {"head_to_head_mnist": head_to_head, "mimae_t8": mimae_table_8}
+
+    def made_anew(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in makers:
+            raise ValueError(f"<!-- table: {name} -->: expected one of {', '.join(makers)}")
+        return f"<!-- table: {name} -->\n{makers[name](root)}<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", made_anew, text, flags=re.DOTALL)
+
+
+def head_to_head(root: Path) -> str:
+    """Every method under one protocol on MNIST, a row per run."""
+    records = _records(root / "results/measured/head_to_head_mnist_cnn4_short")
+    return markdown_table([_with_union(record) for record in records], HEAD_TO_HEAD, first="defense")
+
+
+def mimae_table_8(root: Path) -> str:
+    """MIMAE-AT's Table 8 as printed beside our short run of its recipe."""
+    (record,) = _records(root / "results/measured/mimae_t8_short")
+    with (root / "results/reported/mimae.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] == "8" and row["defense"] == "mimae"]
+    reported = {row["attack"]: row["value"] for row in rows}
+    lines = ["| attack | step | steps | reported % | measured % (n) | flags |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    for title, paper, name in TABLE_8:
+        row = record[name]
+        step = NOT_RUN if row.step_size is None else format_eps(row.step_size)
+        steps = NOT_RUN if row.steps is None else str(row.steps)
+        measured = f"{format_accuracy(row.correct, row.n)} ({row.n})"
+        flags = " ".join(row.flags) or NOT_RUN
+        lines.append(f"| {title} | {step} | {steps} | {reported.get(paper, NOT_RUN)} | {measured} | {flags} |")
+    return "\n".join(lines) + "\n"
+
+
+def _records(folder: Path) -> list[Record]:
+    order = ("ce", "standard_at", "trades", "mart", "mimae")
+    found = [read_record(path) for path in folder.glob("*/record.json")]
+    return sorted(found, key=lambda r: (order.index(r.names["defense"]) if r.names["defense"] in order else 99, r.key))
+
+
+def _with_union(record: Record) -> Record:
+    """The record with the worst case over most attacks under a name of its own."""
+    unions = [row for row in record.attacks if row.attack == "worst_of"]
+    if not unions:
+        return record
+    union = max(unions, key=lambda row: len(row.description["members"]))
+    return replace(record, attacks=(*record.attacks, replace(union, name="worst")))
+
+
+def main() -> None:
+    """Rewrite the README's tables."""
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
