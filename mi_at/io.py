@@ -92,6 +92,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         choices["recipe"] = "none"
     for group in ("regularizer", "callback", "logger"):
         choices[group] = ",".join(config[group]) or "none"
+    if config["group"] is None and runtime.mode == RunMode.MULTIRUN:
+        config["group"] = Path(runtime.sweep.dir).name
     return {**config, "choices": choices}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from mi_at.attacks import objectives
+from mi_at.attacks.contexts import attacking
 from mi_at.attacks.inner import Inner, Objective
 from mi_at.data.batch import Batch
 from mi_at.functional.distributed import own_shard, world_size
@@ -278,16 +279,20 @@ class Defense(LightningModule):
         self._non_finite = torch.where(first, now, self._non_finite)
 
     def _log_terms(self, terms: Mapping[str, Tensor], views: Views) -> None:
+        inspecting = bool(self.inspect_every) and self.global_step % self.inspect_every == 0
+        logits = {view: own_shard(values.detach()) for view, values in views.computed().items()}
+        if inspecting and "clean" not in logits:  # a method that never looks at clean images: once in a while
+            with attacking(self.net):
+                logits["clean"] = objectives.frozen_logits(self.net, views.batch.x)
         for view, name in (("clean", "train/clean"), (ADVERSARIAL, "train/robust")):
-            if view in views.computed():
-                correct = views.computed()[view].detach().argmax(dim=1) == views.y
-                self._accuracy[name].update(own_shard(correct).float())
+            if view in logits:
+                self._accuracy[name].update((logits[view].argmax(dim=1) == views.batch.y).float())
         if self._trainer is None:
             return
         size = len(views.y)
         for name, value in terms.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=size)
-        if self.inspect_every and self.global_step % self.inspect_every == 0:
+        if inspecting:
             self.check_finite()
             if len(terms) > 2:  # two terms and their sum
                 shares = self.term_shares(terms)
