@@ -15,11 +15,12 @@ from mi_at import io
 from mi_at.evaluation.evaluate import sizes
 from mi_at.results.measure import measure
 from mi_at.results.records import config_hash, run_key
+from mi_at.results.runs import EVALUATIONS, RECORD
 from mi_at.results.terminal import print_header
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Evaluate one checkpoint; its record goes to <output>/<evaluation>-<hash>/.
+    """Evaluate one checkpoint; its record goes to <output>/<checkpoint>-<evaluation>-<hash>/.
 
     Args:
         cfg: conf/evaluate.yaml, composed; its evaluation reads the data set of the checkpoint.
@@ -38,14 +39,13 @@ def evaluate(cfg: DictConfig) -> None:
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     rule = served.path.stem
-    parent = Path(cfg.output) if cfg.output else served.path.parent / "evaluations"
-    folder = parent / f"{rule}-{name}-{config_hash(config)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    parent = Path(cfg.output) if cfg.output else served.path.parent / EVALUATIONS
+    path = parent / f"{rule}-{name}-{config_hash(config)}" / RECORD
     facts = {
         "checkpoint": f"{served.path} (epoch {served.epoch}, step {served.step})",
         "data": f"{config['choices']['dataset']}, test split",
         "evaluation": f"{name}: {', '.join(attacks) or 'clean accuracy only'}",
-        "record": str(folder),
+        "record": str(path),
     }
     print_header(run_key(config, config["choices"]), facts)
     measure(
@@ -54,7 +54,7 @@ def evaluate(cfg: DictConfig) -> None:
         data,
         config=config,
         checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
-        folder=folder,
+        path=path,
         device=device,
     )
 

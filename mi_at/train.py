@@ -15,7 +15,8 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor
+from pytorch_lightning.loggers import Logger
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -28,6 +29,7 @@ from mi_at.callbacks.probe import Probe
 from mi_at.callbacks.progress import Progress
 from mi_at.callbacks.sample_grid import SampleGrid
 from mi_at.callbacks.speed import Speed
+from mi_at.data.base import ImageDataModule
 from mi_at.defenses.base import Defense
 from mi_at.evaluation.evaluate import sizes
 from mi_at.regularizers.base import Context
@@ -67,21 +69,23 @@ def train(cfg: DictConfig) -> float | None:
         config=config,
     )
     defense.inspect_every = own["inspect_every"]
+    check_coupling(config, defense)
     budget: InnerMaximisation = instantiate(config["attack"])
     attacks = io.build_attacks(config["evaluation"])
-    data = io.build_data(config["dataset"])
-    data.setup("fit")
     sizes(attacks, sys.maxsize, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     extra_callbacks = [instantiate(node) for node in config["callback"].values()]
+    data = io.build_data(config["dataset"])
+    data.setup("fit")
 
     processes = int(lightning["devices"]) * int(lightning["num_nodes"]) if lightning["strategy"] != "auto" else 1
+    processes_matter = batch_coupled(net)
     run = open_run(
         config,
         key=run_key(config, config["choices"]),
         parent=Path(config["runs"]),
         folder=Path(config["run_dir"]) if config["run_dir"] else None,
         resume=config["resume"] or not first_process(),
-        processes=processes if batch_coupled(net) else None,
+        processes=processes if processes_matter else None,
     )
     if first_process():
         print_header(run.key, header(config, run, net))
@@ -90,8 +94,6 @@ def train(cfg: DictConfig) -> float | None:
         print_table(record)
         return record.training.get("validation")
 
-    adversarial_examples = AdversarialExamples(budget, seed=config["seed"])
-    last = Last(run.folder, every_n_steps=config["save_every_n_steps"])
     recorders = loggers.build(
         {name: instantiate(node, _partial_=True) for name, node in config["logger"].items()},
         folder=run.folder,
@@ -101,23 +103,77 @@ def train(cfg: DictConfig) -> float | None:
         group=config["group"],
         config=config,
     )
+    if run.state != "trained":
+        if own["channels_last"]:
+            net.to(memory_format=torch.channels_last)
+        if own["compile"]:
+            net.compile()
+        adversarial_examples = AdversarialExamples(budget, seed=config["seed"])
+        probe = {name: attacks[name] for name in config["probe"]}
+        callbacks = [
+            adversarial_examples,
+            *extra_callbacks,
+            *([Probe(probe, folder=run.folder)] if probe else []),
+            SampleGrid(run.folder),
+            *([Speed(adversarial_examples), LearningRateMonitor("epoch")] if recorders else []),
+            *([Progress()] if lightning["enable_progress_bar"] else []),
+        ]
+        notes = fit(config, run, defense, data, callbacks, recorders, lightning)
+        if not first_process():
+            return None
+        run.write_training({**notes, "precision": lightning["precision"], "attack_precision": budget.precision})
+    training = run.read_training()
+
+    select = config["select"]
+    rule = select if select != "auto" else "best" if (run.folder / "best.ckpt").is_file() else "last"
+    served = io.read_checkpoint(run.folder / f"{rule}.ckpt")
+    record = measure(
+        io.load(served.path),
+        attacks,
+        data,
+        config=config,
+        checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
+        path=run.record,
+        device=data.device,
+        processes=processes,
+        processes_matter=processes_matter,
+        training=training,
+        progress=lightning["enable_progress_bar"],
+    )
+    loggers.log_evaluation(recorders, record, step=training["steps"])
+    print(f"\nrun folder: {run.folder}")
+    return record.training["validation"]
+
+
+def fit(
+    config: Mapping[str, Any],
+    run: Run,
+    defense: Defense,
+    data: ImageDataModule,
+    callbacks: list[Callback],
+    recorders: list[Logger],
+    lightning: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train, from the start or from last.ckpt.
+
+    Args:
+        config: resolved.
+        run: where to.
+        defense: with its network attached.
+        data: set up for fit.
+        callbacks: `AdversarialExamples` first; those that write checkpoints are added here.
+        recorders: loggers.
+        lightning: options of the Trainer.
+
+    Returns:
+        What is worth knowing of the training, plain values.
+    """
+    last = Last(run.folder, every_n_steps=config["save_every_n_steps"])
     best = Best(run.folder) if config["dataset"]["val_size"] else None
-    probe = {name: attacks[name] for name in config["probe"]}
-    callbacks = [
-        adversarial_examples,
-        *extra_callbacks,
-        *([Probe(probe, folder=run.folder)] if probe else []),
-        SampleGrid(run.folder),
-        *([Speed(adversarial_examples), LearningRateMonitor("epoch")] if recorders else []),
-        *([Progress()] if lightning["enable_progress_bar"] else []),
-        Preemption(last),
-        *([best] if best else []),
-        KeepEpochs(run.folder, config["keep_epochs"]),
-        last,
-    ]
+    savers = [Preemption(last), *([best] if best else []), KeepEpochs(run.folder, config["keep_epochs"]), last]
     trainer = pl.Trainer(
         **lightning,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *savers],
         logger=recorders or False,
         default_root_dir=run.folder,
         plugins=[AtomicCheckpointIO()],
@@ -125,14 +181,10 @@ def train(cfg: DictConfig) -> float | None:
         use_distributed_sampler=False,
         inference_mode=False,
         enable_model_summary=False,
-        enable_checkpointing=True,
     )
-    if own["channels_last"]:
-        net.to(memory_format=torch.channels_last)
-    if own["compile"]:
-        net.compile()
+    adversarial_examples = next(callback for callback in callbacks if isinstance(callback, AdversarialExamples))
     defense.context = lambda: Context(
-        net=net,
+        net=defense.net,
         epoch=trainer.current_epoch,
         train_batches=lambda batch_size, augment: iter(data.train_batches(batch_size=batch_size, augment=augment)),
         draw_per_class=lambda n: data.draw_per_class(n, generator=torch.Generator().manual_seed(trainer.global_step)),
@@ -140,35 +192,14 @@ def train(cfg: DictConfig) -> float | None:
     )
     started = time.perf_counter()
     trainer.fit(defense, datamodule=data, ckpt_path=run.last if run.state == "resumed" else None, weights_only=True)
-    hours = (time.perf_counter() - started) / 3600
-    if trainer.global_rank:
-        return None
-
-    rule = config["select"] if config["select"] != "auto" else "best" if best else "last"
-    served = io.read_checkpoint(run.folder / f"{rule}.ckpt")
-    validation = None if best is None or best.best_model_score is None else float(best.best_model_score)
-    record = measure(
-        io.load(served.path),
-        attacks,
-        data,
-        config=config,
-        checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
-        folder=run.folder,
-        device=trainer.strategy.root_device,
-        processes=trainer.world_size,
-        training={
-            "validation": validation,
-            "steps": trainer.global_step,
-            "hours_of_last_start": round(hours, 4),
-            "precision": lightning["precision"],
-            "attack_precision": budget.precision,
-            "terms": defense.term_history(),
-        },
-        progress=lightning["enable_progress_bar"],
-    )
-    loggers.log_evaluation(recorders, record, step=trainer.global_step)
-    print(f"\nrun folder: {run.folder}")
-    return validation
+    score = best.best_model_score if best else None
+    return {
+        "validation": None if score is None else float(score),
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "hours_of_last_start": round((time.perf_counter() - started) / 3600, 4),
+        "terms": defense.term_history(),
+    }
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -187,12 +218,26 @@ def check(config: Mapping[str, Any]) -> None:
     if unknown := sorted(set(config["probe"]) - set(config["evaluation"]["attacks"])):
         known = ", ".join(config["evaluation"]["attacks"]) or "none"
         raise ValueError(f"probe={unknown}: expected attacks of evaluation={config['choices']['evaluation']}: {known}")
-    if trainer["accumulate_grad_batches"] != 1 and len(config["regularizer"]):
-        raise ValueError("trainer.accumulate_grad_batches: a term coupled over the batch needs the whole batch; use 1")
     devices = trainer["devices"]
     if trainer["accelerator"] in ("gpu", "cuda") and isinstance(devices, int) and devices > torch.cuda.device_count():
         raise ValueError(f"trainer.devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
     check_recipe(config)
+
+
+def check_coupling(config: Mapping[str, Any], defense: Defense) -> None:
+    """A term coupled over the batch needs a batch, and the whole of it.
+
+    Raises:
+        ValueError: naming the term and the option.
+    """
+    coupled = defense.coupled_terms()
+    if coupled and config["dataset"]["batch_size"] < 2:
+        raise ValueError(f"dataset.batch_size=1: {coupled} is computed over a batch; use 2 or more")
+    if coupled and config["trainer"]["accumulate_grad_batches"] != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={config['trainer']['accumulate_grad_batches']}: {coupled} needs the whole "
+            "batch at once; use 1"
+        )
 
 
 def check_recipe(config: Mapping[str, Any]) -> None:

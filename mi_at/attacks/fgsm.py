@@ -59,10 +59,6 @@ class FGSM:
         """Attack [B, C, H, W] images in [0, 1]; ids and seed are not needed: nothing is random."""
         return fgsm(objectives.cross_entropy(net, y), x, eps=self.eps, norm=self.norm)
 
-    def reach(self) -> float:
-        """The farthest the attack can get from the image."""
-        return self.eps
-
     def describe(self) -> dict[str, Any]:
         """Plain values for a record."""
         return {

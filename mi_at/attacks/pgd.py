@@ -195,11 +195,6 @@ class PGD:
         gaussian = random.gaussian(ids, shape, 2 * seed + 1).to(x) if needs_gaussian else uniform
         return start_noise(self.init, uniform, gaussian, self.eps, self.norm)
 
-    def reach(self) -> float:
-        """The farthest an attack can get from the image: start plus steps, at most eps."""
-        start = {"uniform": self.eps, "gaussian": 0.0, "zero": 0.0}[self.init]
-        return min(self.eps, start + self.steps * self.step_size)
-
     def describe(self) -> dict[str, Any]:
         """Plain values for a record."""
         return {"attack": "pgd", **asdict(self)}

@@ -46,6 +46,8 @@ class Defense(LightningModule):
     """
 
     taps: tuple[str, ...] = ()
+    coupled: str = ""
+    """Name of a term that is computed over the batch rather than per sample, if the method has one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,6 +102,10 @@ class Defense(LightningModule):
         """Taps that the defense and its regularizers read, each once."""
         wanted = [*self.taps, *(tap for term in self.added_terms().values() for tap in term.taps)]
         return tuple(dict.fromkeys(wanted))
+
+    def coupled_terms(self) -> str:
+        """Names of the terms that are computed over the batch; empty where every term is a mean over samples."""
+        return ", ".join(filter(None, [self.coupled, *(term.coupled for term in self.added_terms().values())]))
 
     def added_terms(self) -> dict[str, Regularizer]:
         """The regularizers by name, typed."""

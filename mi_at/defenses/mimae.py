@@ -103,6 +103,7 @@ class Mimae(Defense):
         require_non_negative(lambda_mi=lambda_mi, beta=beta)
         _check_options(adversarial_term, logit_term, mae_reduction)
         self.lambda_mi, self.beta = lambda_mi, beta
+        self.coupled = "the mutual information of defense=mimae" if lambda_mi else ""
         self.adversarial_term, self.logit_term, self.mae_reduction = (
             adversarial_term,
             logit_term,

@@ -122,6 +122,8 @@ class Regularizer(nn.Module):
 
     taps: tuple[str, ...] = ()
     """Names of the network's taps that `terms` reads."""
+    coupled: str = ""
+    """Name of a term that is computed over the batch rather than per sample, if there is one."""
 
     def adversaries(self, net: nn.Module, batch: Batch) -> dict[str, Objective | Inner]:
         """Further inner maximisations this term needs, by view name; none by default."""

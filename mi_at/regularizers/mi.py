@@ -23,6 +23,8 @@ class MutualInformation(Regularizer):
         ValueError: a negative weight.
     """
 
+    coupled = "the mutual information of regularizer.mi"
+
     def __init__(self, *, lambda_mi: float = 0.4) -> None:
         super().__init__()
         if lambda_mi < 0:

@@ -32,6 +32,7 @@ from mi_at.results.records import Record
 MODES = ("auto", "online", "offline", "disabled")
 INIT_TIMEOUT = 30.0  # seconds that W&B may take to begin a run
 FINISH_TIMEOUT = 300.0  # seconds that the last upload may take; what is missing then, `wandb sync` brings
+PUBLIC_HOST = "api.wandb.ai"
 EVALUATION = "evaluation"
 COLUMNS = ("attack", "norm", "eps", "steps", "n", "accuracy", "flags")
 
@@ -424,6 +425,8 @@ class WandbRun(WandbLogger):
             f"W&B could not begin the run ({reason}); it is recorded offline, upload it later with "
             f"`wandb sync {self._save_dir}/wandb/offline-run-*`"
         )
+        # Its service still holds the id for the run that could not begin.
+        library.teardown()
         self._wandb_init["mode"] = "offline"
         return library.init(**self._wandb_init, settings=settings)
 
@@ -468,10 +471,14 @@ def _logged_in() -> bool:
     settings = library.setup().settings
     if settings.api_key:
         return True
-    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
-    for place in places:
+    hosts = [urlsplit(settings.base_url).netloc]
+    if settings.base_url == library.Settings.model_fields["base_url"].default:
+        hosts.append(PUBLIC_HOST)  # the address may be a newer one than the login was stored under
+    given = os.environ.get("NETRC")
+    for place in [given] if given else ["~/.netrc", "~/_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError):
-            return netrc.netrc(os.fspath(place)).authenticators(urlsplit(settings.base_url).netloc) is not None
+            stored = netrc.netrc(os.fspath(Path(place).expanduser()))
+            return any(stored.authenticators(host) for host in hosts)
     return False
 
 

@@ -13,7 +13,6 @@ from mi_at.data.base import ImageDataModule
 from mi_at.evaluation.evaluate import evaluate
 from mi_at.evaluation.outcomes import EvalAttack
 from mi_at.results.records import Record, make_record, write_record
-from mi_at.results.runs import RECORD
 from mi_at.results.terminal import print_table
 
 
@@ -24,9 +23,10 @@ def measure(
     *,
     config: Mapping[str, Any],
     checkpoint: Mapping[str, Any],
-    folder: Path,
+    path: Path,
     device: torch.device | str = "cpu",
     processes: int = 1,
+    processes_matter: bool = False,
     training: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Record:
@@ -38,9 +38,10 @@ def measure(
         data: its test split is read here, after training.
         config: resolved; its `evaluation` node says how many samples, in which batches, with which seed.
         checkpoint: which weights: at least {"rule": ...}.
-        folder: where record.json and the per-sample outcomes go.
+        path: of the record; the per-sample outcomes go beside it.
         device: to evaluate on.
         processes: that trained.
+        processes_matter: whether their number can change the result.
         training: notes on the run.
         progress: show it.
 
@@ -66,10 +67,12 @@ def measure(
         checkpoint=checkpoint,
         names=config["choices"],
         processes=processes,
+        processes_matter=processes_matter,
         device=device,
         training=training,
         tags={"tags": list(config.get("tags", ())), "group": config.get("group")},
     )
-    write_record(folder / RECORD, record, result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_record(path, record, result)
     print_table(record)
     return record

@@ -74,7 +74,10 @@ def mimae_table_8(root: Path) -> str:
     with (root / "results/reported/mimae.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["table"] == "8" and row["defense"] == "mimae"]
     reported = {row["attack"]: row["value"] for row in rows}
-    lines = ["| attack | step | steps | reported % | measured % (n) | flags |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    lines = [
+        "| attack | step | steps | reported % | measured % (n) | flags |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
     for title, paper, name in TABLE_8:
         row = record[name]
         step = NOT_RUN if row.step_size is None else format_eps(row.step_size)

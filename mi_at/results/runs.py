@@ -14,6 +14,11 @@ from mi_at.results.records import config_hash
 RECORD = "record.json"
 CONFIG = "config.json"
 LAST = "last.ckpt"
+TRAINED = "trained.json"
+EVALUATIONS = "evaluations"
+
+NOT_TRAINING = ("evaluation", "select")
+"""What changes a number but not the training: a run is trained once and may be evaluated in several ways."""
 
 
 class RunError(ValueError):
@@ -25,26 +30,34 @@ class Run:
     """A run's place on disk.
 
     Attributes:
-        folder: holds config.json, last.ckpt, best.ckpt, metrics.csv, record.json and outcomes.npz.
+        folder: holds config.json, last.ckpt, best.ckpt, metrics.csv, samples.png, trained.json, record.json, record.npz.
         key: readable name, such as mimae-digits-cnn_tiny-s0.
-        hash: of everything in the configuration that can change a number.
-        state: "new", "resumed" (last.ckpt is there and is continued) or "finished" (record.json is there).
+        hash: of everything in the configuration that can change the training.
+        state: "new", "resumed" (last.ckpt is there and is continued), "trained" (trained.json is there: only this
+            evaluation is missing) or "finished" (this evaluation's record is there).
+        record: the result of this evaluation: record.json in the folder; where another evaluation's lies there,
+            evaluations/<name>-<hash>/record.json.
     """
 
     folder: Path
     key: str
     hash: str
     state: str
+    record: Path
 
     @property
     def last(self) -> Path:
         """The checkpoint to resume from."""
         return self.folder / LAST
 
-    @property
-    def record(self) -> Path:
-        """The result."""
-        return self.folder / RECORD
+    def read_training(self) -> dict[str, Any]:
+        """What `write_training` kept."""
+        notes: dict[str, Any] = json.loads((self.folder / TRAINED).read_text())
+        return notes
+
+    def write_training(self, notes: Mapping[str, Any]) -> None:
+        """Keep that training is complete, and what is worth knowing about it."""
+        write_json(self.folder / TRAINED, notes)
 
 
 def open_run(
@@ -74,7 +87,7 @@ def open_run(
             that was not asked to be resumed.
         OSError: the folder cannot be written.
     """
-    digest = config_hash(config, processes=processes)
+    digest = config_hash(config, without=NOT_TRAINING, processes=processes)
     path = folder or parent / f"{key}-{digest}"
     existing = path / CONFIG
     if existing.is_file():
@@ -85,7 +98,10 @@ def open_run(
             )
     elif path.is_dir() and any(path.iterdir()):
         raise RunError(f"{path} is not empty and holds no run of mi_at: choose another run_dir=")
-    state = "finished" if (path / RECORD).is_file() else "resumed" if (path / LAST).is_file() else "new"
+    record = _place_of_record(config, path, processes)
+    state = "resumed" if (path / LAST).is_file() else "new"
+    if (path / TRAINED).is_file():
+        state = "finished" if record.is_file() else "trained"
     if state == "resumed" and not resume:
         raise RunError(
             f"{path} holds an unfinished run of this configuration: resume=true continues it; delete the folder to"
@@ -98,7 +114,7 @@ def open_run(
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"cannot write the run folder {path}: {why}; choose another runs= or run_dir=") from error
-    return Run(path, key, digest, state)
+    return Run(path, key, digest, state, record)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -115,8 +131,17 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         raise
 
 
-def _read_hash(path: Path) -> str:
+def _place_of_record(config: Mapping[str, Any], folder: Path, processes: int | None) -> Path:
+    """Where this evaluation's record is or will be: nothing another evaluation wrote is replaced."""
+    digest = config_hash(config, processes=processes)
+    first = folder / RECORD
+    if not first.is_file() or _read_hash(first, "config_hash") == digest:
+        return first
+    return folder / EVALUATIONS / f"{config['choices']['evaluation']}-{digest}" / RECORD
+
+
+def _read_hash(path: Path, key: str = "hash") -> str:
     try:
-        return str(json.loads(path.read_text())["hash"])
+        return str(json.loads(path.read_text())[key])
     except (ValueError, KeyError) as error:
         raise RunError(f"{path} is damaged ({error}): move the folder away or choose another run_dir=") from error
