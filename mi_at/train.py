@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from mi_at import io
+from mi_at.attacks.contexts import attacking
 from mi_at.attacks.inner import InnerMaximisation
 from mi_at.callbacks.adversarial_examples import AdversarialExamples
 from mi_at.callbacks.checkpoints import AtomicCheckpointIO, Best, KeepEpochs, Last, Preemption
@@ -36,10 +38,34 @@ from mi_at.regularizers.base import Context
 from mi_at.results import loggers
 from mi_at.results.measure import measure
 from mi_at.results.records import read_record, run_key
-from mi_at.results.runs import Run, open_run
+from mi_at.results.runs import Run, find_run
 from mi_at.results.terminal import print_header, print_table
 
 OWN_TRAINER_OPTIONS = ("channels_last", "compile", "inspect_every")
+PRECISIONS = ("32-true", "bf16-mixed")
+Check = tuple[str, Callable[[Any], bool], str]
+EXPECTED: tuple[Check, ...] = (
+    ("seed", lambda v: whole(v) and 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
+    ("resume", lambda v: isinstance(v, bool), "true or false"),
+    ("keep_epochs", lambda v: isinstance(v, list) and all(whole(e) and e > 0 for e in v), "a list of epochs from 1 on"),
+    ("probe", lambda v: isinstance(v, list), "a list of attacks, such as [pgd_20]"),
+    ("tags", lambda v: isinstance(v, list), "a list of words"),
+    ("save_every_n_steps", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
+    ("select", lambda v: v in ("auto", "best", "last"), "auto, best or last"),
+    ("trainer.precision", lambda v: v in PRECISIONS, "32-true or bf16-mixed: others break the attack's budget"),
+    ("trainer.accumulate_grad_batches", lambda v: whole(v) and v > 0, "1 or more"),
+    ("trainer.gradient_clip_val", lambda v: v is None or v >= 0, "null, or 0 or more"),
+    ("trainer.inspect_every", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
+    ("trainer.max_epochs", lambda v: whole(v) and (v > 0 or v == -1), "1 or more, or -1 where max_steps ends the run"),
+    ("trainer.max_steps", lambda v: whole(v) and (v > 0 or v == -1), "1 or more, or -1 where max_epochs ends the run"),
+    ("trainer.limit_train_batches", lambda v: v > 0, "a number of batches, or a share of them"),
+)
+"""Plain settings: key, whether a value is right, what is expected."""
+
+
+def whole(value: Any) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -61,25 +87,27 @@ def train(cfg: DictConfig) -> float | None:
     net = io.build_net(config["model"])
     if config["init_from"]:
         io.load_weights(net, io.read_checkpoint(config["init_from"]))
-    defense: Defense = instantiate(config["defense"])
+    defense: Defense = io.build("defense", config["defense"])
     defense.attach(
         net,
-        optimisation=instantiate(config["optim"]),
-        regularizers={name: instantiate(node) for name, node in config["regularizer"].items()},
+        optimisation=io.build("optim", config["optim"]),
+        regularizers={name: io.build(f"regularizer.{name}", node) for name, node in config["regularizer"].items()},
         config=config,
     )
     defense.inspect_every = own["inspect_every"]
     check_coupling(config, defense)
-    budget: InnerMaximisation = instantiate(config["attack"])
+    budget: InnerMaximisation = io.build("attack", config["attack"])
     attacks = io.build_attacks(config["evaluation"])
-    sizes(attacks, sys.maxsize, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
-    extra_callbacks = [instantiate(node) for node in config["callback"].values()]
+    extra_callbacks = [io.build(f"callback.{name}", node) for name, node in config["callback"].items()]
     data = io.build_data(config["dataset"])
-    data.setup("fit")
+    data.setup("test")  # a missing file or too few images are found now, not after hours of training
+    sizes(attacks, data.test_dataloader().num_images, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
+    data.setup("fit")  # forgets the test split
+    check_net(net, data)
 
-    processes = int(lightning["devices"]) * int(lightning["num_nodes"]) if lightning["strategy"] != "auto" else 1
+    processes = process_count(lightning)
     processes_matter = batch_coupled(net)
-    run = open_run(
+    run = find_run(
         config,
         key=run_key(config, config["choices"]),
         parent=Path(config["runs"]),
@@ -134,7 +162,7 @@ def train(cfg: DictConfig) -> float | None:
         config=config,
         checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
         path=run.record,
-        device=data.device,
+        device="cuda" if lightning["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu",
         processes=processes,
         processes_matter=processes_matter,
         training=training,
@@ -171,17 +199,21 @@ def fit(
     last = Last(run.folder, every_n_steps=config["save_every_n_steps"])
     best = Best(run.folder) if config["dataset"]["val_size"] else None
     savers = [Preemption(last), *([best] if best else []), KeepEpochs(run.folder, config["keep_epochs"]), last]
-    trainer = pl.Trainer(
-        **lightning,
-        callbacks=[*callbacks, *savers],
-        logger=recorders or False,
-        default_root_dir=run.folder,
-        plugins=[AtomicCheckpointIO()],
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        inference_mode=False,
-        enable_model_summary=False,
-    )
+    try:
+        trainer = pl.Trainer(
+            **lightning,
+            callbacks=[*callbacks, *savers],
+            logger=recorders or False,
+            default_root_dir=run.folder,
+            plugins=[AtomicCheckpointIO()],
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            inference_mode=False,
+            enable_model_summary=False,
+        )
+    except (TypeError, ModuleNotFoundError) as error:  # Lightning's answer to a value of the wrong kind
+        raise ValueError(f"trainer: {error}") from error
+    run.make(config)
     adversarial_examples = next(callback for callback in callbacks if isinstance(callback, AdversarialExamples))
     defense.context = lambda: Context(
         net=defense.net,
@@ -208,20 +240,68 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the keys and the way out.
     """
-    trainer = config["trainer"]
-    if trainer["precision"] in ("bf16-true", "16-true"):
-        raise ValueError(f"trainer.precision={trainer['precision']}: it breaks the attack's budget; use bf16-mixed")
-    if config["select"] not in ("auto", "best", "last"):
-        raise ValueError(f"select={config['select']}: expected auto, best or last")
+    for key, right, expected in EXPECTED:
+        value: Any = functools.reduce(operator.getitem, key.split("."), config)
+        if not right(value):
+            raise ValueError(f"{key}={value}: expected {expected}")
     if config["select"] == "best" and not config["dataset"]["val_size"]:
         raise ValueError("select=best needs a validation split: set dataset.val_size")
+    if config["probe"] and not config["dataset"]["val_size"]:
+        raise ValueError(f"probe={config['probe']} runs on the validation split, and there is none: set dataset.val_size")
     if unknown := sorted(set(config["probe"]) - set(config["evaluation"]["attacks"])):
         known = ", ".join(config["evaluation"]["attacks"]) or "none"
         raise ValueError(f"probe={unknown}: expected attacks of evaluation={config['choices']['evaluation']}: {known}")
-    devices = trainer["devices"]
-    if trainer["accelerator"] in ("gpu", "cuda") and isinstance(devices, int) and devices > torch.cuda.device_count():
-        raise ValueError(f"trainer.devices={devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if {"ema", "swa"} <= set(config["callback"]):
+        raise ValueError("callback=[ema,swa]: only one average of the weights can be served; choose one")
+    check_devices(config["trainer"])
     check_recipe(config)
+
+
+def check_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuse GPUs that are not there, and several processes in a multirun.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    devices, there = trainer["devices"], torch.cuda.device_count()
+    wanted = max(devices, default=0) + 1 if isinstance(devices, list) else process_count(trainer)
+    if trainer["accelerator"] in ("gpu", "cuda") and wanted > there:
+        raise ValueError(f"trainer.devices={devices}: this machine has {there} GPUs; use fewer, or trainer=default")
+    if process_count(trainer) > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(
+            f"trainer.devices={devices} in a multirun: each process would start the whole sweep again; run the "
+            "configurations one by one, or each of them on one device"
+        )
+
+
+def process_count(trainer: Mapping[str, Any]) -> int:
+    """How many processes train, by the options of the `trainer` group."""
+    devices = trainer["devices"]
+    if isinstance(devices, list):
+        devices = len(devices)
+    elif devices in ("auto", -1):
+        devices = 1 if trainer["accelerator"] == "cpu" else max(1, torch.cuda.device_count())
+    return int(devices) * int(trainer["num_nodes"])
+
+
+def check_net(net: nn.Module, data: ImageDataModule) -> None:
+    """The network must take the images of the data and have an output per class.
+
+    Raises:
+        ValueError: naming what it takes or gives, and what the data need.
+    """
+    name, shape = type(net).__name__, (2, data.channels, data.image_size, data.image_size)
+    try:
+        with attacking(net), torch.no_grad():
+            logits = net(torch.zeros(shape))
+    except RuntimeError as error:
+        raise ValueError(f"model: {name} does not take images {shape} of {data.name}: {error}") from error
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != (2, data.num_classes):
+        raise ValueError(
+            f"model: {name} gives {found} for images {shape}, but {data.name} has {data.num_classes} classes: expected "
+            f"logits (2, {data.num_classes}); set model.num_classes={data.num_classes}"
+        )
 
 
 def check_coupling(config: Mapping[str, Any], defense: Defense) -> None:
@@ -234,10 +314,8 @@ def check_coupling(config: Mapping[str, Any], defense: Defense) -> None:
     if coupled and config["dataset"]["batch_size"] < 2:
         raise ValueError(f"dataset.batch_size=1: {coupled} is computed over a batch; use 2 or more")
     if coupled and config["trainer"]["accumulate_grad_batches"] != 1:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={config['trainer']['accumulate_grad_batches']}: {coupled} needs the whole "
-            "batch at once; use 1"
-        )
+        batches = config["trainer"]["accumulate_grad_batches"]
+        raise ValueError(f"trainer.accumulate_grad_batches={batches}: {coupled} needs the whole batch at once; use 1")
 
 
 def check_recipe(config: Mapping[str, Any]) -> None:
@@ -292,16 +370,9 @@ def header(config: Mapping[str, Any], run: Run, net: nn.Module) -> dict[str, str
     }
 
 
-@io.report_errors
-def job(cfg: DictConfig) -> float | None:
-    """One run."""
-    return train(cfg)
-
-
 def main() -> None:
     """The command line."""
-    io.register_resolvers()
-    hydra.main(version_base="1.3", config_path=io.conf_dir(), config_name="train")(job)()
+    io.run_command(train, "train")
 
 
 if __name__ == "__main__":

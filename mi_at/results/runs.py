@@ -30,7 +30,7 @@ class Run:
     """A run's place on disk.
 
     Attributes:
-        folder: holds config.json, last.ckpt, best.ckpt, metrics.csv, samples.png, trained.json, record.json, record.npz.
+        folder: holds config.json, last.ckpt, best.ckpt, metrics.csv, samples.png, trained.json and record.json.
         key: readable name, such as mimae-digits-cnn_tiny-s0.
         hash: of everything in the configuration that can change the training.
         state: "new", "resumed" (last.ckpt is there and is continued), "trained" (trained.json is there: only this
@@ -44,6 +44,25 @@ class Run:
     hash: str
     state: str
     record: Path
+
+    def make(self, config: Mapping[str, Any]) -> None:
+        """Make the folder, and write config.json into a new one.
+
+        Args:
+            config: resolved configuration, plain values.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / CONFIG).is_file():
+                write_json(self.folder / CONFIG, {"hash": self.hash, "key": self.key, "config": config})
+        except OSError as error:
+            why = error.strerror or error
+            raise OSError(
+                f"cannot write the run folder {self.folder}: {why}; choose another runs= or run_dir="
+            ) from error
 
     @property
     def last(self) -> Path:
@@ -60,7 +79,7 @@ class Run:
         write_json(self.folder / TRAINED, notes)
 
 
-def open_run(
+def find_run(
     config: Mapping[str, Any],
     *,
     key: str,
@@ -69,7 +88,7 @@ def open_run(
     resume: bool = False,
     processes: int | None = None,
 ) -> Run:
-    """Find the run folder of a configuration and what can be done in it; nothing on disk is lost.
+    """Find the run folder of a configuration and what can be done in it; nothing is written (see `Run.make`).
 
     Args:
         config: resolved configuration, plain values.
@@ -80,12 +99,11 @@ def open_run(
         processes: that train, where their number can change a result.
 
     Returns:
-        The run, its folder made and config.json written.
+        The run; a new one's folder does not exist yet.
 
     Raises:
         RunError: the folder belongs to another configuration, holds something else, or holds an unfinished run
             that was not asked to be resumed.
-        OSError: the folder cannot be written.
     """
     digest = config_hash(config, without=NOT_TRAINING, processes=processes)
     path = folder or parent / f"{key}-{digest}"
@@ -107,13 +125,6 @@ def open_run(
             f"{path} holds an unfinished run of this configuration: resume=true continues it; delete the folder to"
             " start anew"
         )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not existing.is_file():
-            write_json(existing, {"hash": digest, "key": key, "config": config})
-    except OSError as error:
-        why = error.strerror or error
-        raise OSError(f"cannot write the run folder {path}: {why}; choose another runs= or run_dir=") from error
     return Run(path, key, digest, state, record)
 
 

@@ -15,5 +15,5 @@ def test_tables_are_those_of_the_records() -> None:
 
 
 def test_an_unknown_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mimae_t99.*head_to_head_mnist"):
+    with pytest.raises(ValueError, match=r"mimae_t99.*head_to_head_mnist"):
         render("<!-- table: mimae_t99 -->\n<!-- end -->", tmp_path)
