@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -34,9 +32,10 @@ def evaluate(cfg: DictConfig) -> None:
     name = str(HydraConfig.get().runtime.choices["evaluation"])
     config["choices"] = {**trained["choices"], "evaluation": name}
     attacks = io.build_attacks(config["evaluation"])
-    sizes(attacks, sys.maxsize, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     data = io.build_data(config["dataset"])
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    data.setup("test")
+    sizes(attacks, data.test_dataloader().num_images, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
+    device = device_of(cfg.device)
 
     rule = served.path.stem
     parent = Path(cfg.output) if cfg.output else served.path.parent / EVALUATIONS
@@ -59,16 +58,22 @@ def evaluate(cfg: DictConfig) -> None:
     )
 
 
-@io.report_errors
-def job(cfg: DictConfig) -> None:
-    """One evaluation."""
-    evaluate(cfg)
+def device_of(name: str) -> str:
+    """The device a name stands for.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    there += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if name != "auto" and name not in there:
+        raise ValueError(f"device={name}: this machine has {', '.join(there)}; device=auto takes what is there")
+    return name if name != "auto" else "cuda" if "cuda" in there else "cpu"
 
 
 def main() -> None:
     """The command line."""
-    io.register_resolvers()
-    hydra.main(version_base="1.3", config_path=io.conf_dir(), config_name="evaluate")(job)()
+    io.run_command(evaluate, "evaluate")
 
 
 if __name__ == "__main__":

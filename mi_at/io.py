@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import functools
 import inspect
 import logging
 import os
 import pickle
 import sys
+import types
+import typing
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -81,14 +86,20 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     """A composed configuration as plain values, with the names of the groups that made it under "choices".
 
     Raises:
-        ValueError: a folder of images whose classes cannot be read.
+        ValueError: a recipe that does not exist.
+        FileNotFoundError: a folder of images whose classes cannot be read.
     """
     if "num_classes" in cfg.dataset and cfg.dataset.num_classes is None:
         cfg.dataset.num_classes = len(class_names(cfg.dataset.root))
     runtime = HydraConfig.get()
     config = plain(cfg)
     choices = {group: name for group, name in runtime.runtime.choices.items() if "/" not in group}
-    if not (Path(conf_dir()) / "recipe" / f"{choices.get('recipe')}.yaml").is_file():
+    recipes = sorted(path.stem for path in (Path(conf_dir()) / "recipe").glob("*.yaml"))
+    if choices.get("recipe") not in recipes:  # Hydra passes over the optional recipe that is not there
+        if choices.get("recipe") != f"{choices['defense']}_{choices['dataset']}_{choices['model']}":
+            named = [name for name in recipes if not name.startswith("_")]
+            guess = _guess(choices["recipe"], named)
+            raise ValueError(f"recipe={choices['recipe']}: expected one of {', '.join(named)}{guess}")
         choices["recipe"] = "none"
     for group in ("regularizer", "callback", "logger"):
         choices[group] = ",".join(config[group]) or "none"
@@ -118,6 +129,54 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: parse_eps(a) * parse_eps(b), replace=True)
 
 
+def build(where: str, node: Mapping[str, Any]) -> Any:
+    """Make what a node of the configuration describes.
+
+    Args:
+        where: the node's key, for messages.
+        node: `_target_` and options, plain values.
+
+    Returns:
+        What the target makes of the options.
+
+    Raises:
+        ValueError: an option of the wrong kind; the message names its key.
+    """
+    target: Any = get_object(str(node["_target_"]))
+    try:
+        hints = typing.get_type_hints(target if inspect.isroutine(target) else target.__init__)
+    except NameError:  # names that only a type checker sees
+        hints = {}
+    options = {key: _of_kind(f"{where}.{key}", value, _kinds(hints.get(key))) for key, value in node.items()}
+    return instantiate(options)
+
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    types.NoneType: "null",
+}
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The plain types an annotation allows; empty where there is none, or it allows others too."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return kinds if all(kind in _KINDS for kind in kinds) else ()
+
+
+def _of_kind(key: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    """The value, checked; a fraction such as 8/255 becomes the number that is asked for."""
+    if not kinds or type(value) in kinds or (type(value) is int and float in kinds):
+        return value
+    if isinstance(value, str) and float in kinds:
+        with contextlib.suppress(ValueError):
+            return parse_eps(value)
+    expected = " or ".join(dict.fromkeys(_KINDS[kind] for kind in kinds))
+    raise ValueError(f"{key}={value!r}: expected {expected}")
+
+
 def build_net(model: Mapping[str, Any]) -> nn.Module:
     """The network of a resolved `model` node.
 
@@ -133,29 +192,49 @@ def build_net(model: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: the target does not exist or does not take what it was given.
     """
-    target = str(model["_target_"])
+    target = _class("model", model, nn.Module)
     options = {key: value for key, value in model.items() if key != "_target_"}
-    if not target.startswith("mi_at."):
-        try:
-            accepted = inspect.signature(get_class(target)).parameters
-        except Exception as error:
-            raise ValueError(f"model._target_={target}: {error}; expected the path of an importable class") from error
+    if not target.__module__.startswith("mi_at."):
+        accepted = inspect.signature(target).parameters
         options = {key: value for key, value in options.items() if key in accepted}
-    net = instantiate({"_target_": target, **options})
-    if not isinstance(net, nn.Module):
-        raise ValueError(f"model._target_={target}: made a {type(net).__name__}, expected a torch.nn.Module")
+    try:
+        net: nn.Module = target(**options)
+    except TypeError as error:
+        raise ValueError(f"model: {error}") from error
     return net
 
 
 def build_data(dataset: Mapping[str, Any]) -> ImageDataModule:
-    """The data module of a resolved `dataset` node, without its customary threat model and schedule."""
-    module: ImageDataModule = instantiate({k: v for k, v in dataset.items() if k not in CUSTOMARY_KEYS})
+    """The data module of a resolved `dataset` node, without its customary threat model and schedule.
+
+    Raises:
+        ValueError: an option of the wrong kind or out of range, or another target than a data module.
+    """
+    _class("dataset", dataset, ImageDataModule)
+    module: ImageDataModule = build("dataset", {k: v for k, v in dataset.items() if k not in CUSTOMARY_KEYS})
     return module
+
+
+def _class(where: str, node: Mapping[str, Any], kind: type) -> type[Any]:
+    """The class a node names. A checkpoint's configuration may come from anywhere: nothing else is ever called."""
+    target = str(node["_target_"])
+    try:
+        found = get_class(target)
+    except Exception as error:
+        raise ValueError(f"{where}._target_={target}: {error}; expected the path of an importable class") from error
+    if not issubclass(found, kind):
+        raise ValueError(f"{where}._target_={target}: expected a {kind.__module__}.{kind.__qualname__}")
+    if nested := [key for key, value in node.items() if isinstance(value, Mapping) and "_target_" in value]:
+        raise ValueError(f"{where}.{nested[0]} has a _target_ of its own: expected plain values")
+    return found
 
 
 def build_attacks(evaluation: Mapping[str, Any]) -> dict[str, EvalAttack]:
     """The attacks of a resolved `evaluation` node by name."""
-    return {name: instantiate({**node, "name": name}) for name, node in evaluation["attacks"].items()}
+    return {
+        name: build(f"evaluation.attacks.{name}", {**node, "name": name})
+        for name, node in evaluation["attacks"].items()
+    }
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -175,11 +254,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle that is then refused
+            raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {path} contains pickled code or objects and is refused ({reason}); save a plain state dict"
+            f"checkpoint {path} contains pickled code or objects and is refused ({reason}); use one that mi_at wrote"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -249,24 +330,72 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*exists and is not empty.*",
+        ".*Total length of `list` across ranks is zero.*",  # dataset.val_size=0
     ):
         warnings.filterwarnings("ignore", text)
 
 
-def report_errors(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """An error of the user's is one line and exit status 1; in a multirun Hydra reports it and goes on."""
+class FailedJobError(RuntimeError):
+    """A job of a multirun that failed and has said why."""
 
-    @functools.wraps(run)
+
+def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
+    """The command line of a job: what is the user's own mistake ends as one message and exit status 1.
+
+    In a multirun a job that fails says why at once, the others go on, and the exit status is 1 in the end.
+
+    Args:
+        job: called with the composed configuration.
+        config_name: "train" or "evaluate".
+    """
+    register_resolvers()
+    traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them itself
+
+    @functools.wraps(job)
     def reported(cfg: DictConfig) -> Any:
         quiet()
         try:
-            return run(cfg)
+            return job(cfg)
         except USER_ERRORS as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if traced:
                 raise
-            cause: BaseException = error
-            while isinstance(cause, HydraException) and isinstance(cause.__cause__, USER_ERRORS):
-                cause = cause.__cause__
-            sys.exit(f"error: {cause}\n(HYDRA_FULL_ERROR=1 shows where)")
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                sys.exit(message(error))
+            print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+            raise FailedJobError from error
 
-    return reported
+    try:
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(reported)()
+    except FailedJobError:
+        sys.exit(1)
+    except USER_ERRORS as error:
+        if traced:
+            raise
+        sys.exit(message(error))
+
+
+def message(error: BaseException) -> str:
+    """What a command that fails says last."""
+    return f"error: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where)"
+
+
+def explain(error: BaseException) -> str:
+    """What a user's mistake is: the cause of what Hydra wraps, and the keys there are where one is unknown."""
+    while isinstance(error, HydraException) and isinstance(error.__cause__, USER_ERRORS):
+        error = error.__cause__
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
+        known, where = sorted(str(key) for key in error.parent_node), str(error.full_key).rpartition(".")[0]
+        guess = _guess(str(error.key), known)
+        return f"unknown key {error.full_key}: {where or 'the configuration'} has {', '.join(known)}{guess}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).strip("/").rpartition("/")
+        known = sorted(path.stem for path in (Path(conf_dir()) / group).glob("[!_]*.yaml"))
+        if known:
+            return f"{group}={name}: expected one of {', '.join(known)}{_guess(name, known)}"
+    return str(error)
+
+
+def _guess(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

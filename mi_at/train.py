@@ -32,6 +32,7 @@ from mi_at.callbacks.progress import Progress
 from mi_at.callbacks.sample_grid import SampleGrid
 from mi_at.callbacks.speed import Speed
 from mi_at.data.base import ImageDataModule
+from mi_at.data.seeding import keyed_generator
 from mi_at.defenses.base import Defense
 from mi_at.evaluation.evaluate import sizes
 from mi_at.regularizers.base import Context
@@ -53,6 +54,12 @@ EXPECTED: tuple[Check, ...] = (
     ("save_every_n_steps", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
     ("select", lambda v: v in ("auto", "best", "last"), "auto, best or last"),
     ("trainer.precision", lambda v: v in PRECISIONS, "32-true or bf16-mixed: others break the attack's budget"),
+    ("optim.epochs", lambda v: whole(v) and v > 0, "1 or more"),
+    (
+        "trainer.devices",
+        lambda v: v == "auto" or isinstance(v, list) or (whole(v) and (v > 0 or v == -1)),
+        "a number of devices, a list of them, -1 for all, or auto",
+    ),
     ("trainer.accumulate_grad_batches", lambda v: whole(v) and v > 0, "1 or more"),
     ("trainer.gradient_clip_val", lambda v: v is None or v >= 0, "null, or 0 or more"),
     ("trainer.inspect_every", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
@@ -95,11 +102,12 @@ def train(cfg: DictConfig) -> float | None:
         config=config,
     )
     defense.inspect_every = own["inspect_every"]
+    data = io.build_data(config["dataset"])
     check_coupling(config, defense)
     budget: InnerMaximisation = io.build("attack", config["attack"])
     attacks = io.build_attacks(config["evaluation"])
     extra_callbacks = [io.build(f"callback.{name}", node) for name, node in config["callback"].items()]
-    data = io.build_data(config["dataset"])
+    data.prepare_data()  # downloads, where asked
     data.setup("test")  # a missing file or too few images are found now, not after hours of training
     sizes(attacks, data.test_dataloader().num_images, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     data.setup("fit")  # forgets the test split
@@ -117,6 +125,8 @@ def train(cfg: DictConfig) -> float | None:
     )
     if first_process():
         print_header(run.key, header(config, run, net))
+    if run.state == "resumed":
+        io.read_checkpoint(run.last)  # says what is wrong with a damaged one
     if run.state == "finished":
         record = read_record(run.record)
         print_table(record)
@@ -219,7 +229,9 @@ def fit(
         net=defense.net,
         epoch=trainer.current_epoch,
         train_batches=lambda batch_size, augment: iter(data.train_batches(batch_size=batch_size, augment=augment)),
-        draw_per_class=lambda n: data.draw_per_class(n, generator=torch.Generator().manual_seed(trainer.global_step)),
+        draw_per_class=lambda n: data.draw_per_class(
+            n, generator=keyed_generator(config["seed"], "draw", trainer.global_step)
+        ),
         attack=adversarial_examples.attack_of(defense),
     )
     started = time.perf_counter()
@@ -247,7 +259,9 @@ def check(config: Mapping[str, Any]) -> None:
     if config["select"] == "best" and not config["dataset"]["val_size"]:
         raise ValueError("select=best needs a validation split: set dataset.val_size")
     if config["probe"] and not config["dataset"]["val_size"]:
-        raise ValueError(f"probe={config['probe']} runs on the validation split, and there is none: set dataset.val_size")
+        raise ValueError(
+            f"probe={config['probe']} runs on the validation split, and there is none: set dataset.val_size"
+        )
     if unknown := sorted(set(config["probe"]) - set(config["evaluation"]["attacks"])):
         known = ", ".join(config["evaluation"]["attacks"]) or "none"
         raise ValueError(f"probe={unknown}: expected attacks of evaluation={config['choices']['evaluation']}: {known}")

@@ -40,10 +40,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(target)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             kept = "the previous one is intact" if target.exists() else "there was none before"
-            raise OSError(f"could not save {target}: {error}; {kept}. Free space or choose another run_dir=") from error
+            # torch reports a full disk as a RuntimeError of its own, in the context of what happened.
+            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"could not save {target}: {why}; {kept}. Free space or choose another run_dir=") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; pickled code is refused."""
@@ -51,7 +53,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Best(ModelCheckpoint):
-    """`best.ckpt`: highest robust accuracy on validation, the worst of the selection attacks, on the weights served."""
+    """`best.ckpt`: highest robust accuracy on validation, the worst of the selection attacks, on the weights served.
+
+    It is written at the end of a validation: at the end of the epoch an average of the weights has already moved on.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(
@@ -60,9 +65,17 @@ class Best(ModelCheckpoint):
             monitor="val/robust",
             mode="max",
             save_top_k=1,
+            save_on_train_epoch_end=False,
             enable_version_counter=False,
             auto_insert_metric_name=False,
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score back, also in a run folder that was moved."""
+        here = str(Path(str(self.dirpath)) / "best.ckpt")
+        paths = {name: here for name in ("best_model_path", "kth_best_model_path") if state_dict[name]}
+        scores = {here: state_dict["best_model_score"]} if state_dict["best_k_models"] else {}
+        super().load_state_dict({**state_dict, **paths, "dirpath": self.dirpath, "best_k_models": scores})
 
 
 class Last(Checkpoint):

@@ -33,6 +33,8 @@ class EMA(EMAWeightAveraging):
     def __init__(self, *, decay: float = 0.999, start_epoch: int = 0) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"callback.ema.decay={decay}: expected a factor in [0, 1)")
+        if start_epoch < 0:
+            raise ValueError(f"callback.ema.start_epoch={start_epoch}: expected 0 or more")
         super().__init__(decay=decay, use_buffers=True, update_starting_at_step=0)
         self.start_epoch = start_epoch
 
@@ -78,8 +80,8 @@ class SWA(WeightAveraging):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Before the start the average is a copy."""
-        if trainer.current_epoch + 1 < self._start:
+        """Until the first update the average is a copy: validation comes before the end of the epoch."""
+        if trainer.current_epoch < max(self._start, 1):
             _copy(pl_module, self._average_model)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

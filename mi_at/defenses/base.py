@@ -275,8 +275,8 @@ class Defense(LightningModule):
             )
 
     def _note_non_finite(self, terms: Mapping[str, Tensor]) -> None:
-        self._term_names = list(terms)
-        values = torch.stack([value.detach().float() for value in terms.values()])
+        self._term_names = sorted(terms, key="loss".__eq__)  # the sum last: the first bad one is to blame
+        values = torch.stack([terms[name].detach().float() for name in self._term_names])
         bad = ~values.isfinite()
         now = torch.stack([torch.full_like(bad[0], self.global_step, dtype=torch.int64), bad.int().argmax()])
         if self._non_finite is None:
@@ -297,7 +297,8 @@ class Defense(LightningModule):
             return
         size = len(views.y)
         for name, value in terms.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=size)
+            # Not in the progress bar: Lightning would read it from the device after every batch.
+            self.log(f"train/{name}", value.detach(), batch_size=size)
         if inspecting:
             self.check_finite()
             if len(terms) > 2:  # two terms and their sum

@@ -60,7 +60,7 @@ class Optimisation:
         """Check ranges."""
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"optim.lr={self.lr}: expected a positive number")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"optim.weight_decay={self.weight_decay}: expected 0 or more")
         if self.epochs < 1:
             raise ValueError(f"optim.epochs={self.epochs}: expected 1 or more")
@@ -96,10 +96,18 @@ class Optimisation:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(Optimisation):
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum in [0, 1)."""
 
     momentum: float = 0.9
     nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum={self.momentum}: expected a share in [0, 1)")
+        if self.nesterov and not self.momentum:
+            raise ValueError("optim.nesterov=true: expected optim.momentum above 0")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """torch.optim.SGD with these numbers."""
@@ -114,9 +122,15 @@ class SGD(Optimisation):
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(Optimisation):
-    """Adam."""
+    """Adam; its betas are shares in [0, 1)."""
 
     betas: Sequence[float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)}: expected two shares in [0, 1)")
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """torch.optim.Adam with these numbers."""

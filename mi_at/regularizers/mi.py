@@ -23,13 +23,12 @@ class MutualInformation(Regularizer):
         ValueError: a negative weight.
     """
 
-    coupled = "the mutual information of regularizer.mi"
-
     def __init__(self, *, lambda_mi: float = 0.4) -> None:
         super().__init__()
-        if lambda_mi < 0:
+        if not 0 <= lambda_mi < float("inf"):
             raise ValueError(f"regularizer.mi.lambda_mi={lambda_mi}: expected 0 or more")
         self.lambda_mi = lambda_mi
+        self.coupled = "the mutual information of regularizer.mi" if lambda_mi else ""
 
     def terms(self, views: Views) -> dict[str, Tensor]:
         """- lambda MI in nats, in [-lambda ln K, 0]."""

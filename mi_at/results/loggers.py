@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
@@ -32,6 +32,7 @@ from mi_at.results.records import Record
 MODES = ("auto", "online", "offline", "disabled")
 INIT_TIMEOUT = 30.0  # seconds that W&B may take to begin a run
 FINISH_TIMEOUT = 300.0  # seconds that the last upload may take; what is missing then, `wandb sync` brings
+DATA_DIR = "WANDB_DATA_DIR"
 PUBLIC_HOST = "api.wandb.ai"
 EVALUATION = "evaluation"
 COLUMNS = ("attack", "norm", "eps", "steps", "n", "accuracy", "flags")
@@ -270,7 +271,7 @@ class MetricsFile(Logger):
         same = bool(self._last) and int(self._last["step"]) == step
         row = self._last | row if same else row
         self._last = row
-        if set(row) <= set(self._columns):
+        if set(row) <= set(self._columns) and self._path.is_file():
             with self._path.open("r+b") as file:
                 self._tail = file.seek(self._tail) if same else file.seek(0, os.SEEK_END)
                 file.write(self._lines([row]))
@@ -326,6 +327,8 @@ class WandbRun(WandbLogger):
         may_fall_back: whether a run that cannot begin online is recorded offline instead of failing.
     """
 
+    _running: ClassVar[int] = 0
+
     def __init__(
         self,
         *,
@@ -370,6 +373,7 @@ class WandbRun(WandbLogger):
         """
         if self._experiment is None:
             self._experiment = self._begin()
+            WandbRun._running += 1
             self._experiment.define_metric("trainer/global_step")
             self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         return self._experiment
@@ -384,6 +388,24 @@ class WandbRun(WandbLogger):
         return str(self._experiment.url)
 
     @rank_zero_only
+    def log_table(
+        self,
+        key: str,
+        columns: list[str] | None = None,
+        data: list[list[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+    ) -> None:
+        """As `WandbLogger` does, with the table's files in the run folder; W&B would put them into the home."""
+        given = os.environ.get(DATA_DIR)
+        os.environ[DATA_DIR] = given or str(Path(self._wandb_init["dir"]).absolute() / "wandb")
+        try:
+            super().log_table(key, columns, data, dataframe, step)
+        finally:
+            if given is None:
+                del os.environ[DATA_DIR]
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Lightning's end of a fit: the run goes on until `finish`, unless training failed."""
         super().finalize(status)
@@ -393,9 +415,16 @@ class WandbRun(WandbLogger):
     @rank_zero_only
     def finish(self, *, failed: bool = False) -> None:
         """End the run; what is logged afterwards resumes it."""
-        if self._experiment is not None:
-            self._experiment.finish(exit_code=int(failed))
-            self._experiment = None
+        if self._experiment is None:
+            return
+        self._experiment.finish(exit_code=int(failed))
+        self._experiment = None
+        WandbRun._running -= 1
+        import wandb as library
+
+        # W&B's service completes the file a moment later: end it too, unless somebody else has a run there.
+        if not WandbRun._running and library.run is None:
+            library.teardown()
 
     def _begin(self) -> Any:
         import wandb as library

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
@@ -49,10 +50,12 @@ def attack(eps: float = 0.1, steps: int = 2) -> AdversarialExamples:
     return AdversarialExamples(InnerMaximisation(norm="linf", eps=eps, step_size=eps / 2, steps=steps))
 
 
-def module(*, defense: Defense | None = None, channels: int = 1, epochs: int = 3, seed: int = 0) -> Defense:
+def module(
+    *, defense: Defense | None = None, channels: int = 1, classes: int = CLASSES, epochs: int = 3, seed: int = 0
+) -> Defense:
     """A defense on a linear network."""
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(channels * SIDE * SIDE, CLASSES))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(channels * SIDE * SIDE, classes))
     return (defense or StandardAT()).attach(net, optimisation=SGD(lr=0.1, epochs=epochs, schedule="constant"))
 
 
@@ -68,13 +71,14 @@ def fit(
     ckpt: Path | None = None,
     defense: LightningModule | None = None,
     examples: AdversarialExamples | None = None,
+    data: LightningDataModule | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Trainer:
-    """Train on random images; `train` and `val` are numbers of batches."""
+    """Train on random images, `train` and `val` batches of them, or on `data`."""
     given: dict[str, Any] = {
         "max_epochs": epochs,
         "log_every_n_steps": 2,
-        "enable_progress_bar": any(type(callback).__name__ == "Progress" for callback in callbacks),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         **(options or {}),
     }
     trainer = Trainer(
@@ -88,12 +92,13 @@ def fit(
         use_distributed_sampler=False,
         inference_mode=False,
         enable_model_summary=False,
-        enable_checkpointing=any(type(callback).__name__ == "Last" for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
     trainer.fit(
         defense or module(channels=channels, epochs=max(1, epochs)),
-        Fresh(train, channels=channels),
-        Fresh(val, channels=channels, seed=1) if val else None,
+        None if data else Fresh(train, channels=channels),
+        Fresh(val, channels=channels, seed=1) if val and not data else None,
+        datamodule=data,
         ckpt_path=ckpt,
         weights_only=True,
     )

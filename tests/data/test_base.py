@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,34 +130,24 @@ def test_draw_per_class_refuses() -> None:
         fitted(train_size=2, batch_size=2).draw_per_class(1, generator=torch.Generator())
 
 
-def _in_group(rank: int, port: int, result: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _shares(rank: int, world_size: int) -> list[tuple[Tensor, Tensor, int, int]]:
+    """(index, x, offset, global_size) of every batch that a process gets."""
     plain = fitted(val_size=9, augment=True, pad=2)
     loaders = [plain.train_dataloader(), plain.val_dataloader(), plain.train_batches(batch_size=15)]
-    batches = [(b.index, b.x, b.offset, b.global_size) for loader in loaders for b in loader]  # type: ignore[union-attr]
-    drawn = plain.draw_per_class(3, generator=torch.Generator().manual_seed(0))
-    torch.save([*batches, (drawn.index, drawn.x, drawn.offset, drawn.global_size)], f"{result}.{rank}")
-    torch.distributed.destroy_process_group()
+    batches = [batch for loader in loaders for batch in loader]  # type: ignore[union-attr]
+    batches.append(plain.draw_per_class(3, generator=torch.Generator().manual_seed(0)))
+    return [(batch.index, batch.x, batch.offset, batch.global_size) for batch in batches]
 
 
 @pytest.mark.ddp
-def test_two_processes_share_every_batch(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_in_group, (port, str(tmp_path / "batches")), nprocs=2)
-    first, second = (torch.load(f"{tmp_path}/batches.{rank}", weights_only=True) for rank in (0, 1))
-    plain = fitted(val_size=9, augment=True, pad=2)
-    loaders = [plain.train_dataloader(), plain.val_dataloader(), plain.train_batches(batch_size=15)]
-    whole = [batch for loader in loaders for batch in loader]  # type: ignore[union-attr]
-    whole.append(plain.draw_per_class(3, generator=torch.Generator().manual_seed(0)))
+def test_two_processes_share_every_batch(spawn: Callable[..., list[Any]]) -> None:
+    first, second = spawn(_shares, 2)
+    whole = _shares(0, 1)
     assert len(first) == len(second) == len(whole)
-    for a, b, batch in zip(first, second, whole, strict=True):
-        assert torch.equal(torch.cat((a[0], b[0])), batch.index)
-        assert torch.equal(torch.cat((a[1], b[1])), batch.x)
-        assert (a[2], b[2], a[3], b[3]) == (0, len(a[0]), len(batch), len(batch))
+    for a, b, (index, x, _, size) in zip(first, second, whole, strict=True):
+        assert torch.equal(torch.cat((a[0], b[0])), index)
+        assert torch.equal(torch.cat((a[1], b[1])), x)
+        assert (a[2], b[2], a[3], b[3]) == (0, len(a[0]), size, size)
 
 
 @pytest.mark.parametrize(

@@ -352,8 +352,8 @@ def test_files_are_left_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata("mnist")
-def test_real_mnist(real_root: Path) -> None:
-    data = MNIST(root=real_root, val_size=1000, batch_size=128)
+def test_real_mnist(data_root: Path) -> None:
+    data = MNIST(root=data_root, val_size=1000, batch_size=128)
     data.setup("fit")
     assert (len(data.train_index), len(data.val_index), len(data.train_dataloader())) == (59_000, 1000, 461)
     data.setup("test")
@@ -362,13 +362,13 @@ def test_real_mnist(real_root: Path) -> None:
 
 
 @pytest.mark.realdata("cifar10")
-def test_real_cifar10(real_root: Path) -> None:
+def test_real_cifar10(data_root: Path) -> None:
     from torchvision.datasets import CIFAR10 as OFFICIAL
 
-    data = CIFAR10(root=real_root, val_size=2000, batch_size=128, augment=True)
+    data = CIFAR10(root=data_root, val_size=2000, batch_size=128, augment=True)
     data.setup("fit")
     assert len(data.train_dataloader()) == 375
-    official = OFFICIAL(str(real_root), train=True)
+    official = OFFICIAL(str(data_root), train=True)
     batch = next(iter(data.train_batches()))
     for x, y, index in zip(batch.x, batch.y, batch.index, strict=True):
         assert np.array_equal(official.data[index].transpose(2, 0, 1), x.mul(255).round().byte().numpy())
@@ -379,8 +379,8 @@ def test_real_cifar10(real_root: Path) -> None:
 
 
 @pytest.mark.realdata("cifar100")
-def test_real_cifar100(real_root: Path) -> None:
-    data = CIFAR100(root=real_root, val_size=2000, batch_size=128)
+def test_real_cifar100(data_root: Path) -> None:
+    data = CIFAR100(root=data_root, val_size=2000, batch_size=128)
     data.setup("fit")
     labels = torch.cat([batch.y for batch in data.val_dataloader()])  # type: ignore[union-attr]
     assert labels.bincount().tolist() == [20] * 100

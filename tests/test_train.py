@@ -1,0 +1,365 @@
+"""The train command from end to end: what every run leaves behind, and what each option does to it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mi_at
+from mi_at.data.digits import Digits
+from mi_at.results.records import Record, read_record
+from tests.commands import Done, command, tiny
+
+DEFENSES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/defense").glob("*.yaml"))
+FILES = {"best.ckpt", "last.ckpt", "config.json", "metrics.csv", "trained.json", "record.json", "record.npz"}
+
+
+def train(folder: Path, *overrides: str, quiet: bool = True) -> Path:
+    """Train in a folder of one's own below it; the run folder."""
+    done = command(folder, *tiny("run_dir=run", *overrides))
+    assert done.code == 0, done.err
+    if quiet:
+        assert done.err == "", "nothing to complain about"
+    return folder / "run"
+
+
+def only_run(done: Done, folder: Path) -> Path:
+    assert done.code == 0, done.err
+    (run,) = (path for path in (folder / "runs").iterdir() if path.name != "multirun")
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run / "metrics.csv").open()))
+
+
+def values(run: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in metrics(run) if row.get(name)]
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(run / f"{name}.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_images(n: int) -> torch.Tensor:
+    data = Digits(batch_size=500)
+    data.setup("test")
+    images: torch.Tensor = next(iter(data.test_dataloader())).x[:n]
+    return images
+
+
+test_images.__test__ = False  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------- every method
+@pytest.mark.parametrize("regularizer", ["none", "mi"])
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_a_run_leaves_everything_behind(tmp_path: Path, defense: str, regularizer: str) -> None:
+    attacked = regularizer == "none"
+    options = [f"defense={defense}", f"regularizer={regularizer}", *(["evaluation=quick"] if attacked else [])]
+    done = command(tmp_path, *tiny(*options, "trainer.log_every_n_steps=1"))
+    assert done.err == ""
+    run = only_run(done, tmp_path)
+    key = f"{defense}{'' if attacked else '+mi'}-digits-cnn_tiny-s0"
+    assert run.name.startswith(f"{key}-")
+    # ce never makes an adversarial image of its own, but validation does
+    assert {path.name for path in run.iterdir()} == FILES | {"samples.png"}
+
+    losses = values(run, "train/loss")
+    assert len(losses) == 6
+    assert all(math.isfinite(loss) for loss in losses)
+    assert ("train/mi" in metrics(run)[0]) == (regularizer == "mi" or defense == "mimae")
+    assert len(values(run, "val/robust")) == 2
+    assert len(values(run, "train/clean")) == 2
+
+    for name in ("best", "last"):
+        loaded = torch.load(run / f"{name}.ckpt", weights_only=True)
+        assert loaded["mi_at"]["config"]["defense"]["_target_"].startswith("mi_at.defenses.")
+    record = read_record(run / "record.json")
+    assert record.key == key
+    assert record.checkpoint["rule"] == "best"
+    assert record.training["steps"] == 6
+    names = ["clean", "fgsm", "pgd_20", "cw_inf", "autoattack", "worst of fgsm, pgd_20, cw_inf, autoattack"]
+    assert [row.name for row in record.attacks] == (names if attacked else ["clean"])
+    assert f"{record['clean'].accuracy * 100:.1f} [" in done.out
+    assert "run folder: " in done.out
+
+    net = mi_at.load(run / "best.ckpt")
+    assert not net.training
+    with torch.no_grad():
+        prediction = net(test_images(10)).argmax(dim=1)
+    outcomes = np.load(run / "record.npz")
+    assert prediction.tolist() == outcomes["clean.prediction"].tolist()
+    assert record["clean"].correct == int((outcomes["clean.prediction"] == outcomes["label"]).sum())
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """As it is typed; the other tests fork it."""
+    arguments = [sys.executable, "-m", "mi_at.train", *tiny()]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "run folder: runs/mimae-digits-cnn_tiny-s0-" in done.stdout
+    again = command(tmp_path, *tiny())
+    assert "(finished)" in again.out
+
+
+# ---------------------------------------------------------------- names, seeds
+def test_the_run_folder_is_a_function_of_what_can_change_the_training(tmp_path: Path) -> None:
+    stop = ("runs=/dev/null", "trainer.enable_progress_bar=true")  # the folder is named before it cannot be made
+
+    def named(*overrides: str) -> str:
+        done = command(tmp_path, *tiny(*stop, *overrides))
+        assert done.code == 1
+        (line,) = [line for line in done.out.splitlines() if line.startswith("  run ")]
+        return line.split()[1].rpartition("/")[2]
+
+    first = named()
+    assert first == named()
+    same_training = ["logger=none", "tags=[a]", "resume=true", "save_every_n_steps=7", "keep_epochs=[1]"]
+    assert named(*same_training, "evaluation=quick", "select=last", "attack.eps=15/100") == first
+    for other in ("seed=1", "defense.beta=2", "attack.steps=3", "optim.lr=0.06", "dataset.train_size=50"):
+        assert named(other) != first
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_others(tmp_path: Path) -> None:
+    runs = []
+    for number, seed in enumerate((0, 0, 1)):
+        (tmp_path / str(number)).mkdir()
+        runs.append(train(tmp_path / str(number), f"seed={seed}"))
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert not same(weights(runs[0]), weights(runs[2]))
+    assert (runs[0] / "samples.png").read_bytes() == (runs[1] / "samples.png").read_bytes()
+
+
+# ---------------------------------------------------------------- length
+@pytest.mark.parametrize(("steps", "rule"), [(1, "last"), (4, "best")])
+def test_max_steps(tmp_path: Path, steps: int, rule: str) -> None:
+    """Also where training ends before the first validation, without a complaint."""
+    run = train(tmp_path, f"trainer.max_steps={steps}")
+    record = read_record(run / "record.json")
+    assert (record.checkpoint["rule"], record.training["steps"]) == (rule, steps)
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == steps
+    assert (run / "best.ckpt").exists() == (rule == "best")
+    assert (record.training["validation"] is None) == (rule == "last")
+
+
+@pytest.mark.parametrize("options", [("dataset.val_size=0",), ("trainer.limit_val_batches=0",)])
+def test_without_validation_the_last_weights_are_evaluated(tmp_path: Path, options: tuple[str, ...]) -> None:
+    run = train(tmp_path, *options)
+    assert not (run / "best.ckpt").exists()
+    assert read_record(run / "record.json").checkpoint == {"rule": "last", "epoch": 2, "step": 6}
+    assert (run / "samples.png").is_file()
+
+
+def test_validation_every_second_epoch(tmp_path: Path) -> None:
+    run = train(tmp_path, "trainer.check_val_every_n_epoch=2", "optim.epochs=3")
+    assert len(values(run, "val/robust")) == 1
+    assert read_record(run / "record.json").checkpoint == {"rule": "best", "epoch": 2, "step": 6}
+
+
+def test_epochs_that_are_kept_are_counted_in_the_papers_run(tmp_path: Path) -> None:
+    run = train(tmp_path, "keep_epochs=[1,50,76]", "optim.epochs=4")
+    found = {path.name: torch.load(path, weights_only=True)["epoch"] + 1 for path in run.glob("epoch_*.ckpt")}
+    assert found == {"epoch_001.ckpt": 1, "epoch_050.ckpt": 2, "epoch_076.ckpt": 3}
+    mi_at.load(run / "epoch_050.ckpt")
+
+
+# ---------------------------------------------------------------- weights
+def test_init_from_starts_at_other_weights(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = train(tmp_path / "a")
+    still = ("optim.lr=1e-12", "optim.weight_decay=0", "optim.momentum=0", "seed=5")
+    second = train(tmp_path / "b", f"init_from={first / 'best.ckpt'}", *still)
+    best, moved = weights(first, "best"), weights(second)
+    for name, value in best.items():
+        torch.testing.assert_close(moved[name], value, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("callback=ema", "callback.ema.decay=0.5"),
+        ("callback=swa", "callback.swa.start_epoch=50"),
+        ("callback=[ema,awp]", "callback.awp.warmup_epochs=0"),
+        ("model.batch_norm=true", "callback=[awp,swa]", "callback.awp.warmup_epochs=0", "callback.swa.start_epoch=1"),
+    ],
+    ids=["ema", "swa", "ema and awp", "awp and swa with batch norm"],
+)
+def test_averaged_and_perturbed_weights(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """What is served is the average; the raw weights are kept to go on from."""
+    run = train(tmp_path, *options)
+    last = torch.load(run / "last.ckpt", weights_only=True)
+    raw, average = last["current_model_state"], last["state_dict"]
+    assert raw.keys() == average.keys()
+    assert not same(raw, average)
+    served = mi_at.load(run / "last.ckpt").state_dict()
+    assert all(torch.equal(value, average[f"net.{name}"]) for name, value in served.items())
+
+
+@pytest.mark.slow
+def test_a_compiled_network_keeps_its_names(tmp_path: Path) -> None:
+    run = train(tmp_path, "trainer.compile=true", quiet=False)
+    assert weights(run).keys() == {f"net.{name}" for name in mi_at.load(run / "best.ckpt").state_dict()}
+
+
+# ---------------------------------------------------------------- the attack, precision, optimisation
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "bf16": ("trainer.precision=bf16-mixed", "attack.precision=bf16", "trainer.channels_last=true"),
+    "bf16 with an fp32 attack": ("trainer.precision=bf16-mixed",),
+    "l2": ("attack.norm=l2", "attack.eps=0.5", "attack.step_size=0.1", "evaluation=quick"),
+    "fgsm": ("attack=fgsm",),
+    "train mode": ("attack.mode=train_no_track", "model.batch_norm=true"),
+    "uniform start": ("attack.init=uniform", "attack.warmup_epochs=50"),
+    "no attack": ("attack.eps=0", "attack.steps=0"),
+    "adam": ("optim=adam", "trainer.gradient_clip_val=1"),
+    "augmented": ("dataset.augment=true", "dataset.pad=1", "dataset.flip=true", "dataset.drop_last=true"),
+    "part of the data": ("dataset.fraction=0.4", "dataset.train_size=null"),
+    "steps of an epoch": ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(tmp_path: Path, case: str) -> None:
+    run = train(tmp_path, *OPTIONS[case], "trainer.log_every_n_steps=1")
+    assert all(math.isfinite(loss) for loss in values(run, "train/loss"))
+    record = read_record(run / "record.json")
+    if case.startswith("bf16"):
+        expected = ("bf16-mixed", "bf16" if case == "bf16" else "fp32")
+        assert (record.training["precision"], record.training["attack_precision"]) == expected
+        assert all(value.dtype == torch.float32 for value in weights(run).values())
+    if case == "l2":
+        assert {row.norm for row in record.attacks if row.name != "clean"} == {"linf"}, "of the evaluation's own"
+
+
+RATES = {  # of 4 epochs at lr 0.05; milestones are those of 100 epochs
+    "constant": [0.05, 0.05, 0.05, 0.05],
+    "multistep": [0.05, 0.05, 0.05, 0.005],
+    "step": [0.05, 0.005, 0.0005, 0.00005],
+    "cosine": [0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)],
+}
+
+
+@pytest.mark.parametrize("schedule", [*RATES, "one_cycle"])
+def test_schedules(tmp_path: Path, schedule: str) -> None:
+    run = train(tmp_path, f"optim.schedule={schedule}", "optim.epochs=4", "dataset.train_size=20", "defense=ce")
+    rates = values(run, "lr-SGD")
+    if schedule == "one_cycle":
+        assert rates[0] == pytest.approx(0.05 / 25)
+        assert max(rates) == pytest.approx(0.05, rel=0.3)
+        assert rates[-1] < max(rates)
+    else:
+        assert rates == pytest.approx(RATES[schedule])
+
+
+def test_the_probe_records_attacks_on_validation(tmp_path: Path) -> None:
+    run = train(tmp_path, "evaluation=quick", "probe=[pgd_20,fgsm]")
+    lines = [json.loads(line) for line in (run / "probe.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
+    assert values(run, "probe/pgd_20") == [line["pgd_20"] for line in lines]
+    (tmp_path / "plain").mkdir()
+    assert same(weights(run), weights(train(tmp_path / "plain", "evaluation=quick"))), "training is not disturbed"
+
+
+@pytest.mark.slow
+def test_loggers(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    run = train(tmp_path, "logger=[wandb,tensorboard]", "evaluation=quick")
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+    assert list((run / "tensorboard").glob("events.*"))
+    assert metrics(run)
+
+
+def test_no_logger(tmp_path: Path) -> None:
+    run = train(tmp_path, "logger=none")
+    assert {path.name for path in run.iterdir()} == (FILES | {"samples.png"}) - {"metrics.csv"}
+
+
+# ---------------------------------------------------------------- several runs
+def test_a_multirun_records_every_combination(tmp_path: Path) -> None:
+    overrides = [o for o in tiny() if not o.startswith(("defense", "seed"))]
+    done = command(tmp_path, "-m", "defense=standard_at,trades", "seed=0,1", *overrides)
+    assert done.code == 0, done.err
+    records = [read_record(path) for path in (tmp_path / "runs").glob("*/record.json")]
+    keys = [f"{defense}-digits-cnn_tiny-s{seed}" for defense in ("standard_at", "trades") for seed in (0, 1)]
+    assert sorted(record.key for record in records) == keys
+    groups = {record.tags["group"] for record in records}
+    assert len(groups) == 1, "one group for the sweep"
+    assert None not in groups
+
+
+def test_a_multirun_with_a_job_that_fails_finishes_the_others(tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", "defense.beta=1,-1,2", *tiny())
+    assert done.code == 1
+    assert "error: defense.beta=-1: expected 0 or more" in done.err
+    assert "Traceback" not in done.err
+    assert len(list((tmp_path / "runs").glob("*/record.json"))) == 2
+
+
+def test_a_multirun_on_several_processes_is_refused(tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", "seed=0,1", *tiny("trainer=ddp"))
+    assert done.code == 1
+    assert "trainer.devices=2 in a multirun" in done.err
+    assert "Traceback" not in done.err
+    assert not list((tmp_path / "runs").glob("*/config.json"))
+
+
+# ---------------------------------------------------------------- learning
+@pytest.mark.slow
+def test_robust_training_pays_on_digits(tmp_path: Path) -> None:
+    """The defaults: without a defense the network falls, with it it stands."""
+    records: dict[str, Record] = {}
+    for defense in ("ce", "mimae"):
+        done = command(tmp_path, f"defense={defense}")
+        assert done.code == 0, done.err
+        (path,) = (tmp_path / "runs").glob(f"{defense}-*/record.json")
+        records[defense] = read_record(path)
+    ce, mimae = records["ce"], records["mimae"]
+    assert ce["pgd_20"].accuracy < 0.30
+    assert mimae["clean"].accuracy >= 0.90
+    for attack in ("pgd_20", "autoattack"):
+        assert mimae[attack].accuracy >= ce[attack].accuracy + 0.40
+
+
+@pytest.mark.slow
+@pytest.mark.realdata("cifar10")
+def test_resnet18_takes_real_steps_on_real_cifar10(tmp_path: Path, data_root: Path) -> None:
+    few = ["dataset.batch_size=16", "dataset.val_size=20", "trainer.limit_val_batches=1", "evaluation=none"]
+    few += ["evaluation.n=16", "trainer.max_steps=8", "trainer.log_every_n_steps=1", "dataset.train_size=32"]
+    few += ["dataset.augment=false", f"dataset.root={data_root}", "trainer.enable_progress_bar=false"]
+    done = command(tmp_path, "model=resnet18", "dataset=cifar10", "defense=mimae", *few, "optim.lr=0.01")
+    run = only_run(done, tmp_path)
+    losses = values(run, "train/loss")
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    assert read_record(run / "record.json").config["attack"]["eps"] == 0.031
+
+
+@pytest.mark.slow
+@pytest.mark.realdata("cifar100")
+def test_the_users_command_takes_real_steps_on_real_cifar100(tmp_path: Path, data_root: Path) -> None:
+    users = ["defense=mimae", "dataset=cifar100", "model=wrn34_10"]
+    few = ["dataset.batch_size=2", "dataset.val_size=100", "trainer.limit_val_batches=0", "evaluation=none"]
+    few += ["evaluation.n=4", "trainer.max_steps=3", "save_every_n_steps=1", f"dataset.root={data_root}"]
+    few += ["trainer.enable_progress_bar=false", "+callback.interrupt._target_=tests.own.Interrupt"]
+    killed = command(tmp_path, *users, *few, INTERRUPT="TERM:train_batch_start:1")
+    assert killed.code == 143, killed.err
+    done = command(tmp_path, *users, *few, "resume=true", INTERRUPT="")
+    run = only_run(done, tmp_path)
+    record: Any = read_record(run / "record.json")
+    assert (record.checkpoint["step"], record["clean"].n) == (3, 4)
+    assert record.names["recipe"] == "mimae_cifar100_wrn34_10"
