@@ -68,7 +68,7 @@ types: $(ENVIRONMENT) ## mypy over mi_at
 
 .PHONY: contracts
 contracts: $(ENVIRONMENT) ## import-linter: who may import whom
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-cache
 
 .PHONY: habits
 habits: $(ENVIRONMENT) ## file sizes, notebook outputs, pins: tests/test_habits.py alone
