@@ -77,6 +77,7 @@ class Ours:
         if bf16:
             net.to(memory_format=torch.channels_last)
         self.defense, self.bf16 = attached(defense, net), bf16
+        defense.inspect_every = 0  # without a Trainer there is no count of steps
         self.examples, self.optimizer = examples(bf16=bf16), optimizer_of(net)
         self.trainer: Any = SimpleNamespace(current_epoch=0, num_training_batches=1)
         self.device = next(net.parameters()).device

@@ -26,13 +26,15 @@ def evaluate(cfg: DictConfig) -> None:
     served = io.read_checkpoint(cfg.checkpoint)
     trained = served.config
     # The evaluation's values may refer to the data set (eps: ${dataset.eps}); the checkpoint says which it was.
-    whole = OmegaConf.merge(trained, {"evaluation": None, "dataset": cfg.get("dataset", {})})
+    here = {key: value for key, value in cfg.dataset.items() if value is not None}
+    whole = OmegaConf.merge(trained, {"evaluation": None, "dataset": here})
     whole.evaluation = cfg.evaluation
     config: dict[str, Any] = io.plain(whole)
     name = str(HydraConfig.get().runtime.choices["evaluation"])
     config["choices"] = {**trained["choices"], "evaluation": name}
     attacks = io.build_attacks(config["evaluation"])
     data = io.build_data(config["dataset"])
+    data.prepare_data()
     data.setup("test")
     sizes(attacks, data.test_dataloader().num_images, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     device = device_of(cfg.device)

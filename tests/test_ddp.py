@@ -24,7 +24,6 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mi_at import io
 from mi_at.attacks.inner import Inner, InnerMaximisation, Objective
 from mi_at.callbacks.adversarial_examples import AdversarialExamples
 from mi_at.callbacks.adversarial_weight_perturbation import AdversarialWeightPerturbation
@@ -43,7 +42,6 @@ from mi_at.functional.information import joint_distribution, mutual_information
 from mi_at.models.cnn import CNNTiny
 from mi_at.regularizers.base import Regularizer, Views
 from mi_at.regularizers.mi import MutualInformation
-from tests.commands import command
 
 pytestmark = pytest.mark.ddp
 
@@ -126,7 +124,7 @@ def batches(net: nn.Module, loader: Iterable[Batch]) -> Iterator[tuple[int, Batc
 
 
 def examples() -> AdversarialExamples:
-    return AdversarialExamples(InnerMaximisation(norm="linf", eps=EPS, step_size=EPS / 4, steps=5), seed=1)
+    return AdversarialExamples(InnerMaximisation(norm="linf", eps=EPS, step_size=EPS / 2, steps=3), seed=1)
 
 
 def trainer_at(epoch: int) -> Any:
@@ -270,8 +268,9 @@ def test_loss_and_gradients_are_those_of_one_process(name: str, where: str, grou
         assert max(float(g.abs().max()) for g in expected["gradients"].values()) > 1e-3
         for result in group:
             found = result[where][name]["steps"][number]
-            assert_same({"loss": found["loss"]}, {"loss": expected["loss"]}, CLOSE[where])
-            assert_same(found["gradients"], expected["gradients"], CLOSE[where])
+            tolerance = 1e-6 if name == "standard_at+joint" else CLOSE[where]  # taps are float32
+            assert_same({"loss": found["loss"]}, {"loss": expected["loss"]}, tolerance)
+            assert_same(found["gradients"], expected["gradients"], tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -287,15 +286,15 @@ def test_readings_are_those_of_one_process(name: str, where: str, group: Any, al
     expected = alone[where][name]
     for result in group:
         for found, step in zip(result[where][name]["steps"], expected["steps"], strict=True):
-            assert_same(found["shares"], step["shares"], CLOSE[where])
+            assert_same(found["shares"], step["shares"], 1e-6)
         assert result[where][name]["accuracy"] == expected["accuracy"]
 
 
-def test_margins_are_known_to_every_process(where: str, group: Any, alone: dict[str, Any]) -> None:
-    expected = alone[where]["mma_full"]["margins"]
+def test_margins_are_known_to_every_process(group: Any, alone: dict[str, Any]) -> None:
+    expected = alone["half trained, float64"]["mma_full"]["margins"]
     assert (expected > 0.05).sum() > 20  # found by the search, not those it starts with
     for result in group:
-        assert_same({"margins": result[where]["mma_full"]["margins"]}, {"margins": expected}, 1e-6)
+        assert torch.equal(result["half trained, float64"]["mma_full"]["margins"], expected)
 
 
 def test_weights_are_perturbed_along_the_gradient_of_the_whole_batch(
@@ -374,6 +373,10 @@ def logged(folder: Path) -> dict[tuple[int, str], float]:
 
 
 def test_the_command_on_two_processes_killed_and_resumed_ends_where_one_process_does(tmp_path: Path) -> None:
+    # Here and not above: the groups do not need Hydra, and every process imports this file.
+    from mi_at import io
+    from tests.commands import command
+
     two, one = tmp_path / "two", tmp_path / "one"
     two.mkdir()
     one.mkdir()
@@ -397,5 +400,7 @@ def test_the_command_on_two_processes_killed_and_resumed_ends_where_one_process_
     numbers, expected_numbers = logged(two / "run"), logged(one / "run")
     assert numbers.keys() == expected_numbers.keys()
     assert {name for _, name in numbers} >= {"train/loss", "train/mi", "val/clean", "val/robust", "train/robust"}
-    for key, value in expected_numbers.items():
-        assert numbers[key] == pytest.approx(value, abs=1e-4), key
+    for (step, name), value in expected_numbers.items():
+        if name in ("train/clean", "train/robust") and step >= 4:
+            continue  # in the resumed epoch they are those of the steps since the checkpoint
+        assert numbers[step, name] == pytest.approx(value, abs=1e-4), (step, name)

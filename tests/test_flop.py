@@ -146,7 +146,7 @@ def test_the_benchmark_compares_with_what_it_says(name: str, cost: int, net: Res
 
 
 # These do not wait for a GPU: the first reads a tensor that always lies on the CPU, the others check values there only.
-CPU_ONLY = {"_mix_int", "check_images", "largest_other"}
+CPU_ONLY = {"_mix_int", "check_images", "largest_other", "soft_logit_margin"}
 SEARCHES = {"_search", "_grow", "_remember"}  # mma's table of margins is kept on the CPU
 DEFENSES: dict[str, tuple[Callable[[], Defense], set[str]]] = {
     **{name: (make, set()) for name, (make, added, _, _) in FLOORS.items() if not added},

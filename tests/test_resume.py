@@ -224,6 +224,19 @@ def test_a_run_killed_in_its_evaluation_only_evaluates(tmp_path: Path, uninterru
     assert_same_run(tmp_path, uninterrupted(()))
 
 
+def test_a_signal_ends_the_evaluation_too(tmp_path: Path) -> None:
+    """What was trained is complete then: there is nothing to save."""
+    attacks = ("evaluation=quick", "evaluation.n=360", "evaluation.autoattack_n=360", "attack.steps=5")
+    going = Command(tmp_path, *tiny("run_dir=run", *attacks))
+    going.until((tmp_path / "run/trained.json").is_file)
+    going.send(15)
+    assert going.wait().code == 143
+    assert not (tmp_path / "run/record.json").exists()
+    again = command(tmp_path, *tiny("run_dir=run", "attack.steps=5"))
+    assert again.code == 0, again.err
+    assert "run (trained)" in again.out
+
+
 def test_the_wandb_run_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     assert run(tmp_path, "logger=wandb", interrupt="KILL:train_batch_end:5").code == 137

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import types
@@ -41,7 +42,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             part.replace(target)
         except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             kept = "the previous one is intact" if target.exists() else "there was none before"
             # torch reports a full disk as a RuntimeError of its own, in the context of what happened.
             why = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -159,8 +161,8 @@ class Preemption(Callback):
         if trainer.strategy.reduce_boolean_decision(self._received, all=False):
             self._leave(trainer)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop listening."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop listening; before Lightning takes its own handlers back, or they would swallow later signals."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -24,6 +24,8 @@ from mi_at.optim import Optimisation
 from mi_at.regularizers.base import Context, Regularizer, Views
 
 ADVERSARIAL = "adversarial"
+ACCURACIES = ("clean", "robust")
+"""Logged in training beside the terms of the loss, which must not be called so."""
 SELECTION_ATTACKS = ("cross_entropy", "margin")
 
 
@@ -64,7 +66,7 @@ class Defense(LightningModule):
         self._history: list[tuple[int, Tensor]] = []
         self._history_names: list[str] = []
         # torchmetrics' check for NaN would wait for the device at every update.
-        self._accuracy = {name: MeanMetric(nan_strategy="disable") for name in ("train/clean", "train/robust")}
+        self._accuracy = {f"train/{name}": MeanMetric(nan_strategy="disable") for name in ACCURACIES}
         self._selection = {name: MeanMetric(nan_strategy="disable") for name in ("clean", *SELECTION_ATTACKS, "robust")}
 
     def attach(
@@ -138,6 +140,8 @@ class Defense(LightningModule):
                 if view in wanted:
                     raise ValueError(f"two inner maximisations are called {view!r}: give one another name")
                 wanted[view] = objective
+        if ADVERSARIAL not in wanted and any(term.needs_adversarial for term in self.added_terms().values()):
+            wanted[ADVERSARIAL] = Inner(objectives.cross_entropy(self.net, batch.y))
         return {view: inner if isinstance(inner, Inner) else Inner(inner) for view, inner in wanted.items()}
 
     def selection_adversaries(self, batch: Batch) -> dict[str, Inner]:
@@ -155,6 +159,10 @@ class Defense(LightningModule):
                 for key, value in regularizer.terms(views).items():
                     terms[key if key == name else f"{name}/{key}"] = value
                     terms["loss"] = terms["loss"] + value
+        if taken := sorted(terms.keys() & set(ACCURACIES)):
+            raise ValueError(
+                f"a term of the loss is called {taken[0]!r}, as a logged accuracy is: give it another name"
+            )
         return terms
 
     def scaled(self, epochs: float) -> int:
@@ -303,7 +311,8 @@ class Defense(LightningModule):
             self.check_finite()
             if len(terms) > 2:  # two terms and their sum
                 shares = self.term_shares(terms)
-                self.log_dict(shares, batch_size=size)
+                for logger in self.loggers:  # log_dict would repeat them in every row until the next reading
+                    logger.log_metrics({name: float(share) for name, share in shares.items()}, self.global_step)
                 self._history.append((self.global_step, torch.stack(list(shares.values()))))
                 self._history_names = list(shares)
 

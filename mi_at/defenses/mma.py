@@ -38,18 +38,18 @@ def mma_simplified_loss(logits: Tensor, logits_adv: Tensor, y: Tensor) -> dict[s
         y: [B] int64.
 
     Returns:
-        {"adversarial", "clean", "loss"}: scalars, nats; both terms are divided by B.
+        {"adversarial", "ce", "loss"}: scalars, nats; both terms are divided by B.
 
     Example:
         >>> z, y = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
         >>> terms = mma_simplified_loss(z, torch.zeros(2, 2), y)
-        >>> round(terms["adversarial"].item(), 4), round(terms["clean"].item(), 4)  # ln 2 / 2 and 2.1269 / 2
+        >>> round(terms["adversarial"].item(), 4), round(terms["ce"].item(), 4)  # ln 2 / 2 and 2.1269 / 2
         (0.3466, 1.0635)
     """
     right = (logits.argmax(dim=1) == y).to(logits.dtype)
     adversarial = (right * cross_entropy(logits_adv, y, reduction="none")).mean()
     clean = ((1 - right) * cross_entropy(logits, y, reduction="none")).mean()
-    return {"adversarial": adversarial, "clean": clean, "loss": adversarial + clean}
+    return {"adversarial": adversarial, "ce": clean, "loss": adversarial + clean}
 
 
 def mma_full_loss(
@@ -65,7 +65,7 @@ def mma_full_loss(
         clean_weight: w in [0, 1]; 1/3 in the authors' code.
 
     Returns:
-        {"margin", "clean", "loss"}: scalars, nats, weights applied.
+        {"margin", "ce", "loss"}: scalars, nats, weights applied.
 
     Example:
         >>> z, y = torch.zeros(1, 2), torch.tensor([0])
@@ -78,7 +78,7 @@ def mma_full_loss(
     at_boundary = cross_entropy(logits_boundary, y, reduction="none") * (right & within)
     margin = (1 - clean_weight) * (at_boundary + ce * ~right).mean()
     clean = clean_weight * ce.mean()
-    return {"margin": margin, "clean": clean, "loss": margin + clean}
+    return {"margin": margin, "ce": clean, "loss": margin + clean}
 
 
 class MMA(Defense):

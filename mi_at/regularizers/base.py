@@ -124,6 +124,8 @@ class Regularizer(nn.Module):
     """Names of the network's taps that `terms` reads."""
     coupled: str = ""
     """Name of a term that is computed over the batch rather than per sample, if there is one."""
+    needs_adversarial: bool = False
+    """Whether `terms` reads the view "adversarial"; a defense without one then gets one, on the cross-entropy."""
 
     def adversaries(self, net: nn.Module, batch: Batch) -> dict[str, Objective | Inner]:
         """Further inner maximisations this term needs, by view name; none by default."""

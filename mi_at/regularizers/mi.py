@@ -23,6 +23,8 @@ class MutualInformation(Regularizer):
         ValueError: a negative weight.
     """
 
+    needs_adversarial = True
+
     def __init__(self, *, lambda_mi: float = 0.4) -> None:
         super().__init__()
         if not 0 <= lambda_mi < float("inf"):

@@ -196,6 +196,8 @@ def test_images_and_targets_may_come_out_of_an_inference_loop(name):
         x, target = X.clone(), target.clone()
         assert x.is_inference()
         assert target.is_inference()
+        made_before = objective(target)
         with attacking(net):
-            got = pgd(objective(target), x, eps=0.1, step_size=0.05, steps=3, init="zero")
-    assert torch.equal(got, expected)
+            for made in (objective(target), made_before):
+                got = pgd(made, x, eps=0.1, step_size=0.05, steps=3, init="zero")
+                assert torch.equal(got, expected)

@@ -1,5 +1,9 @@
 """The README's example: a loss and an attack in a bare PyTorch loop, without the framework."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -43,3 +47,13 @@ def test_ten_lines_of_trades_train_a_robust_network_on_digits():
     assert sum(history[-10:]) / 10 < 0.6 * sum(history[:10]) / 10
     assert before < 0.3
     assert robust_accuracy(net, images, labels) > 0.5
+
+
+def test_the_readme_runs_as_printed():
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    blocks = [part.split("```", 1)[0] for part in text.split("```python\n")[1:]]
+    (example,) = [block for block in blocks if "trades_loss(" in block and "pgd(" in block]
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    terms = names["terms"]
+    assert float((terms["ce"] + terms["kl"]).detach()) == pytest.approx(float(terms["loss"].detach()))
