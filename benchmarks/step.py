@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -179,6 +180,7 @@ def torchattacks_loop(net: nn.Module) -> Step:
 def fit(defense: Defense, loader: Iterable[Batch], *, device: torch.device, bf16: bool = False) -> None:
     """The same step in a Trainer as `mi_at.train` makes it, with its callbacks and a logger."""
     callback = examples(bf16=bf16)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         trainer = pl.Trainer(
@@ -202,37 +204,48 @@ def fit(defense: Defense, loader: Iterable[Batch], *, device: torch.device, bf16
 
 # ---------------------------------------------------------------- CPU
 class Rounds:
-    """The Trainer's loader: runs every other variant, hands out a batch, and times the Trainer until it is asked again.
+    """The Trainer's loader: it runs the other variants, hands out a batch, and times the Trainer until asked again.
 
-    Its length is one more than it has, so that it is asked after the last step too.
+    The bare loop runs right before and right after the Trainer's step. The loader's length is one more than it has, so
+    that it is asked after the last step too.
 
     Attributes:
-        seconds: CPU seconds of each variant by round, after one that warms up; the Trainer's under "trainer".
+        seconds: CPU seconds of each variant by round, after one that warms up.
     """
 
-    def __init__(self, others: Mapping[str, Step], data: Batch, rounds: int) -> None:
-        self.others, self.data, self.rounds = others, data, rounds
-        self.seconds: dict[str, list[float]] = {name: [] for name in (*others, "trainer")}
+    BARE, AFTER, TRAINER = "standard_at", "standard_at, after the Trainer's", "standard_at in a Trainer"
+
+    def __init__(self, bare: Step, others: Mapping[str, Step], data: Batch, rounds: int) -> None:
+        self.bare, self.others, self.data, self.rounds = bare, others, data, rounds
+        self.seconds: dict[str, list[float]] = {name: [] for name in (*others, self.BARE, self.TRAINER, self.AFTER)}
 
     def __len__(self) -> int:
         return self.rounds + 2
 
     def __iter__(self) -> Iterator[Batch]:
-        for turn in range(self.rounds + 1):
-            taken = {}
+        for _ in range(self.rounds + 1):
             for name, run in self.others.items():
-                start = time.process_time()
-                run(self.data)
-                taken[name] = time.process_time() - start
+                self._time(name, run)
+            self._time(self.BARE, self.bare)
             start = time.process_time()
             yield self.data
-            taken["trainer"] = time.process_time() - start
-            if turn:
-                for name, seconds in taken.items():
-                    self.seconds[name].append(seconds)
+            self.seconds[self.TRAINER].append(time.process_time() - start)
+            self._time(self.AFTER, self.bare)
+        for seconds in self.seconds.values():
+            del seconds[0]
 
-    def ratio(self, slow: str, fast: str) -> float:
+    def _time(self, name: str, run: Step) -> None:
+        start = time.process_time()
+        run(self.data)
+        self.seconds[name].append(time.process_time() - start)
+
+    def ratio(self, slow: str, fast: str = BARE) -> float:
         return median(a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=True))
+
+    def trainer_ratio(self) -> float:
+        """Of the Trainer's step to the bare ones beside it."""
+        names = (self.TRAINER, self.BARE, self.AFTER)
+        return median(2 * t / (a + b) for t, a, b in zip(*(self.seconds[name] for name in names), strict=True))
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,7 @@ class Ratio:
 
     def line(self) -> str:
         bound = f"{'at most' if self.at_most else 'at least'} {self.must:g}"
-        verdict = ("" if self.met else "   MISSED") if self.counts else "   does not count: no bf16 instructions here"
+        verdict = ("" if self.met else "   MISSED") if self.counts else "   does not count: no AMX here"
         return f"  {self.what:<52} {self.value:>6.3f}   {bound}{verdict}"
 
 
@@ -274,35 +287,34 @@ def on_cpu(*, rounds: int, batch_size: int) -> tuple[dict[str, Any], bool]:
     """The interleaved run on one thread."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    variants: dict[str, Step] = {
-        "standard_at": Ours(StandardAT(), resnet()),
+    others: dict[str, Step] = {
         "backward loop": backward_loop(resnet()),
         "trades": Ours(Trades(), resnet()),
-        "TRADES, public order": trades_public_order(resnet()),
+        "TRADES in the public order": trades_public_order(resnet()),
+        "standard_at, bf16 and channels_last": Ours(StandardAT(), resnet(), bf16=True),
     }
     try:
-        variants["torchattacks"] = torchattacks_loop(resnet())
+        others["torchattacks"] = torchattacks_loop(resnet())
     except ImportError as error:
         print(f"torchattacks is left out: {error} (pip install --no-deps torchattacks)")
-    variants["standard_at, bf16"] = Ours(StandardAT(), resnet(), bf16=True)
-    variants["standard_at, again"] = Ours(StandardAT(), resnet())  # right before the Trainer's
-    run = Rounds(variants, random_batch(batch_size, 3, 32), rounds)
+    run = Rounds(Ours(StandardAT(), resnet()), others, random_batch(batch_size, 3, 32), rounds)
     fit(attached(StandardAT(), resnet()), run, device=device)
     # The Trainer's own time, where a step is short enough to see it.
-    small = Rounds({"bare": Ours(StandardAT(), tiny())}, random_batch(16, 1, 8), rounds=100)
+    small = Rounds(Ours(StandardAT(), tiny()), {}, random_batch(16, 1, 8), rounds=100)
     fit(attached(StandardAT(), tiny()), small, device=device)
 
-    bf16 = bool({"amx_bf16", "avx512_bf16"} & set(cpu_info("flags").split()))
+    amx = "amx_bf16" in cpu_info("flags").split()
+    bf16 = run.ratio(run.BARE, "standard_at, bf16 and channels_last")
     ratios = [
-        Ratio("backward loop / standard_at", run.ratio("backward loop", "standard_at"), 1.6),
-        Ratio("TRADES in the public order / trades", run.ratio("TRADES, public order", "trades"), 1.4),
-        Ratio("fp32 / bf16 and channels_last", run.ratio("standard_at", "standard_at, bf16"), 2.0, counts=bf16),
-        Ratio("Trainer / bare loop", run.ratio("trainer", "standard_at, again"), 1.03, at_most=True),
+        Ratio("backward loop / standard_at", run.ratio("backward loop"), 1.6),
+        Ratio("TRADES in the public order / trades", run.ratio("TRADES in the public order", "trades"), 1.4),
+        Ratio("standard_at in fp32 / in bf16 and channels_last", bf16, 2.0, counts=amx),
+        Ratio("standard_at in a Trainer / in a bare loop", run.trainer_ratio(), 1.03, at_most=True),
     ]
-    if "torchattacks" in variants:
-        ratios.insert(2, Ratio("torchattacks / standard_at", run.ratio("torchattacks", "standard_at"), 1.0))
-    own = 1000 * median(a - b for a, b in zip(small.seconds["trainer"], small.seconds["bare"], strict=True))
-    whole = 1000 * median(run.seconds["standard_at"])
+    if "torchattacks" in others:
+        ratios.insert(2, Ratio("torchattacks / standard_at", run.ratio("torchattacks"), 1.0))
+    pairs = zip(small.seconds[small.TRAINER], small.seconds[small.BARE], strict=True)
+    own, whole = 1000 * median(a - b for a, b in pairs), 1000 * median(run.seconds[run.BARE])
 
     print(f"{cpu_info('model name')}, torch {torch.__version__}, one thread")
     print(

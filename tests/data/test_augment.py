@@ -1,3 +1,5 @@
+"""Crops and flips: batched, equal to a slow transcription, drawn for the global batch."""
+
 import pytest
 import torch
 from torch import Tensor

@@ -1,3 +1,5 @@
+"""The data module: stages, splits, placements, what it refuses, two processes."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""The batch: devices, shares, what it refuses."""
+
 import pytest
 import torch
 

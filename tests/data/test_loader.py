@@ -1,3 +1,5 @@
+"""Loaders: order, shares of every number of processes, extra images, state."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Stratified splits and subsets: sizes, disjointness, determinism."""
+
 import pytest
 import torch
 
