@@ -32,9 +32,10 @@ from torch import nn
 from mi_at.data import CUSTOMARY_KEYS
 from mi_at.data.base import ImageDataModule
 from mi_at.data.folder import class_names
-from mi_at.defenses.base import NonFiniteLossError
+from mi_at.defenses.base import Defense, NonFiniteLossError
 from mi_at.evaluation.outcomes import EvalAttack
 from mi_at.functional.geometry import parse_eps
+from mi_at.regularizers.base import Regularizer
 
 USER_ERRORS = (
     ValueError,
@@ -204,6 +205,24 @@ def build_net(model: Mapping[str, Any]) -> nn.Module:
     return net
 
 
+def build_defense(config: Mapping[str, Any], net: nn.Module) -> Defense:
+    """The defense of a resolved configuration, its regularizers added, attached to a network.
+
+    Both may give the network layers of their own (a stochastic latent, a mask), so a checkpoint's weights fit the
+    network only afterwards.
+
+    Raises:
+        ValueError: an option of the wrong kind or out of range, or a network that a term cannot work with.
+    """
+    _class("defense", config["defense"], Defense)
+    terms = {}
+    for name, node in config["regularizer"].items():
+        _class(f"regularizer.{name}", node, Regularizer)
+        terms[name] = build(f"regularizer.{name}", node)
+    defense: Defense = build("defense", config["defense"])
+    return defense.attach(net, regularizers=terms, config=config)
+
+
 def build_data(dataset: Mapping[str, Any]) -> ImageDataModule:
     """The data module of a resolved `dataset` node, without its customary threat model and schedule.
 
@@ -289,6 +308,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """
     checkpoint = read_checkpoint(path)
     net = build_net(checkpoint.config["model"])
+    build_defense(checkpoint.config, net)
     load_weights(net, checkpoint)
     return net.to(device).eval()
 

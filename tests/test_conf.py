@@ -21,12 +21,13 @@ from omegaconf import OmegaConf
 
 from mi_at import io
 from mi_at.callbacks.adversarial_weight_perturbation import AdversarialWeightPerturbation
+from mi_at.checks import check
 from mi_at.defenses.base import Defense
 from mi_at.defenses.trades import Trades
 from mi_at.regularizers.base import Regularizer
 from mi_at.results import loggers
 from mi_at.results.runs import Run
-from mi_at.train import check, header
+from mi_at.train import header
 
 REPO = Path(__file__).resolve().parents[1]
 CONF = REPO / "conf"

@@ -30,7 +30,12 @@ def checkpoint(path: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     net = CNNTiny(num_classes=10, in_channels=1, image_size=8, width=0.2, batch_norm=True)
     state = {f"net.{name}": value for name, value in net.state_dict().items()} | {"regularizers.a.b": torch.ones(1)}
-    config = {"model": MODEL, "dataset": {"_target_": "mi_at.data.digits.Digits"}}
+    config = {
+        "model": MODEL,
+        "dataset": {"_target_": "mi_at.data.digits.Digits"},
+        "defense": {"_target_": "mi_at.defenses.ce.CE"},
+        "regularizer": {},
+    }
     content = {"state_dict": state, "mi_at": {"config": config}, "epoch": 4, "global_step": 100}
     torch.save({**content, **changes}, path)
     return path

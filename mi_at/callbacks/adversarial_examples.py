@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
@@ -50,7 +49,7 @@ class AdversarialExamples(Callback):
         budget = self._budget_at(rule, epoch + (batch_idx + 1) / batches)
         self._clock_start(batch.x)
         for view, inner in rule.all_adversaries(batch).items():
-            key = _key(self.seed, view, epoch, batch_idx)
+            key = random.key(self.seed, view, epoch, batch_idx)
             batch.views[view] = craft(rule, batch.x, inner, budget, ids=place, seed=key)
         self._clock_stop(batch.x)
 
@@ -81,7 +80,7 @@ class AdversarialExamples(Callback):
 
         def attack(objective: Objective, x: Tensor) -> Tensor:
             ids = torch.arange(len(x), device=x.device)
-            return craft(rule, x, Inner(objective), self.budget, ids=ids, seed=_key(self.seed, "hook", 0, 0))
+            return craft(rule, x, Inner(objective), self.budget, ids=ids, seed=random.key(self.seed, "hook"))
 
         return attack
 
@@ -110,7 +109,7 @@ class AdversarialExamples(Callback):
         # Lightning's trainer.validate may hand over inference tensors, which autograd refuses.
         batch.x, batch.y = batch.x.clone(), batch.y.clone()
         for view, inner in rule.selection_adversaries(batch).items():
-            key = _key(self.seed, view, 0, 0)
+            key = random.key(self.seed, view)
             batch.views[view] = craft(rule, batch.x, inner, budget, ids=batch.index, seed=key)
 
     def _clock_start(self, x: Tensor) -> None:
@@ -142,7 +141,8 @@ def craft(rule: TrainingRule, x: Tensor, inner: Inner, budget: InnerMaximisation
         [B, C, H, W] in [0, 1].
     """
     kind = budget.init or inner.init
-    with attacking(rule.net, budget.mode or inner.mode, budget.precision):
+    drawn = random.key(seed, "network")
+    with attacking(rule.net, budget.mode or inner.mode, budget.precision), random.keyed(ids, drawn):
         start = _starter(kind, x, ids, seed, budget.norm)
         if inner.generate is not None:
             return inner.generate(x, budget, start)
@@ -168,9 +168,3 @@ def _starter(kind: str, x: Tensor, ids: Tensor, seed: int, norm: str) -> Start:
         return start_noise(kind, uniform, gaussian, radius, norm)
 
     return start
-
-
-def _key(seed: int, view: str, epoch: int, batch: int) -> int:
-    """One seed per purpose: distinct for distinct (seed, view, epoch, batch) within the ranges that occur."""
-    purpose = zlib.crc32(view.encode())
-    return (((seed * 1_000_003 + purpose) * 1_000_003 + epoch) * 1_000_003 + batch) * 2

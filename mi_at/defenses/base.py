@@ -89,10 +89,14 @@ class Defense(LightningModule):
             The defense itself.
 
         Raises:
-            ValueError: a tap that the network does not have; the message lists its taps.
+            ValueError: a tap that the network does not have (the message lists its taps), or a network that the
+                method or a term cannot work with.
         """
         self.net, self.optimisation, self.config = net, optimisation, dict(config or {})
         self.regularizers = nn.ModuleDict(dict(regularizers or {}))
+        self.adapt(net)
+        for term in self.added_terms().values():
+            term.adapt(net)
         known = getattr(net, "tap_names", ())
         for tap in self.needed_taps:
             if tap not in known:
@@ -114,6 +118,16 @@ class Defense(LightningModule):
         return {name: term for name, term in self.regularizers.items() if isinstance(term, Regularizer)}
 
     # What a method defines.
+
+    def adapt(self, net: nn.Module) -> None:
+        """Called once with the network, also where it is only loaded: a method adds its own layers here.
+
+        Raises:
+            ValueError: a network that the method cannot work with.
+        """
+
+    def after_step(self, batch: Batch) -> None:
+        """Called after every optimiser step, on the updated weights, without gradients."""
 
     def adversaries(self, batch: Batch) -> dict[str, Objective | Inner]:
         """The inner maximisations of a batch by view name.
@@ -175,7 +189,7 @@ class Defense(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of the global batch, scaled so that averaging gradients over processes sums them."""
-        views = Views(self.net, batch, self.needed_taps)
+        views = Views(self.net, batch, self.needed_taps, seed=self.config.get("seed", 0))
         terms = self.all_terms(views)
         self._note_non_finite(terms)
         self._log_terms(terms, views)
@@ -201,19 +215,23 @@ class Defense(LightningModule):
         """The optimiser over the network's parameters, its schedule stepped once an epoch."""
         if self.optimisation is None:
             raise ValueError("the defense has no optimiser: pass optimisation= to attach()")
-        optimizer = self.optimisation.optimizer(p for p in self.net.parameters() if p.requires_grad)
+        optimizer = self.optimisation.optimizer(self.trained_parameters())
         return {"optimizer": optimizer, "lr_scheduler": self.optimisation.scheduler(optimizer)}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves: the network's parameters."""
+        return [parameter for parameter in self.net.parameters() if parameter.requires_grad]
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:  # Lightning's own signature, passed through
         """Step, undo what was done to the weights for this step only, then let the regularizers see the result."""
         super().optimizer_step(*args, **options)
         while self.undo_before_hooks:
             self.undo_before_hooks.pop()()
-        if self.context is not None and self.added_terms():
-            batch = self._batch
-            with torch.no_grad():
+        with torch.no_grad():
+            self.after_step(self._batch)
+            if self.context is not None:
                 for term in self.added_terms().values():
-                    term.after_step(self.context(), batch)
+                    term.after_step(self.context(), self._batch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Keep the batch for the hooks after the step."""
@@ -346,7 +364,7 @@ class Defense(LightningModule):
         }
 
     def _gradient_norm(self, value: Tensor) -> Tensor:
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        parameters = self.trained_parameters()
         if not value.requires_grad:
             return value.new_zeros(())
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)

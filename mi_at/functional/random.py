@@ -6,8 +6,11 @@ then to a counter per pixel. Works on any device, batched, without state.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,6 +57,57 @@ def gaussian(ids: Tensor, shape: Sequence[int], seed: int) -> Tensor:
     first = (_shift(bits[:, 0], 40).double() + 1) * 2.0**-24  # in (0, 1]
     second = _shift(bits[:, 1], 40).double() * 2.0**-24
     return ((-2 * first.log()).sqrt() * (2 * math.pi * second).cos()).float().view(len(ids), *shape)
+
+
+def key(seed: int, purpose: str, epoch: int = 0, batch: int = 0) -> int:
+    """One seed per purpose: distinct for distinct arguments within the ranges that occur; `key + 1` is free too.
+
+    Example:
+        >>> key(0, "adversarial", 0, 1) == key(0, "adversarial", 1, 0)
+        False
+    """
+    named = zlib.crc32(purpose.encode())
+    return (((seed * 1_000_003 + named) * 1_000_003 + epoch) * 1_000_003 + batch) * 2
+
+
+_sources: list[tuple[Tensor, Iterator[int]]] = []
+
+
+@contextmanager
+def keyed(ids: Tensor, seed: int) -> Iterator[None]:
+    """What stochastic layers draw in this block (`normal_like`) is a function of (seed, id, how many draws before).
+
+    Args:
+        ids: [B] int64 of the samples that are forwarded.
+        seed: any integer.
+
+    Example:
+        >>> with keyed(torch.tensor([5]), seed=0):
+        ...     first, second = normal_like(torch.zeros(1, 3)), normal_like(torch.zeros(1, 3))
+        >>> with keyed(torch.tensor([4, 5]), seed=0):
+        ...     again = normal_like(torch.zeros(2, 3))
+        >>> torch.equal(again[1:], first), torch.equal(first, second)
+        (True, False)
+    """
+    _sources.append((ids, (key(seed, "draw", draw) for draw in itertools.count())))
+    try:
+        yield
+    finally:
+        _sources.pop()
+
+
+def normal_like(x: Tensor) -> Tensor:
+    """Standard normal noise for a batch [B, ...]: keyed by sample in a `keyed` block, else from torch's generator.
+
+    Raises:
+        ValueError: in a `keyed` block, another number of samples than ids.
+    """
+    if not _sources:
+        return torch.randn_like(x)
+    ids, seeds = _sources[-1]
+    if len(ids) != len(x):
+        raise ValueError(f"noise for {len(x)} samples in a block keyed by {len(ids)} ids")
+    return gaussian(ids, x.shape[1:], next(seeds)).to(x)
 
 
 def _bits(ids: Tensor, count: int, seed: int) -> Tensor:

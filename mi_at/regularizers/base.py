@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mi_at.attacks.inner import Inner, Objective
 from mi_at.data.batch import Batch
+from mi_at.functional import random
 from mi_at.functional.distributed import gather
 from mi_at.optim import Optimisation
 
@@ -26,10 +27,11 @@ class Views:
         net: the classifier; forwards run under the autocast state at construction.
         batch: `batch.x` is the view "clean"; `batch.views` holds the others.
         taps: names of the network's taps that the loss reads.
+        seed: of the noise of stochastic layers, drawn by (seed, view, epoch, batch, place in the global batch).
     """
 
-    def __init__(self, net: nn.Module, batch: Batch, taps: tuple[str, ...] = ()) -> None:
-        self.net, self.batch, self._tap_names = net, batch, taps
+    def __init__(self, net: nn.Module, batch: Batch, taps: tuple[str, ...] = (), *, seed: int = 0) -> None:
+        self.net, self.batch, self.seed, self._tap_names = net, batch, seed, taps
         device = batch.x.device.type
         self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self._logits: dict[str, Tensor] = {}
@@ -51,7 +53,9 @@ class Views:
         """[B, K] float32 logits of a view."""
         if view not in self._logits:
             device, dtype, enabled = self._autocast
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
+            noise = random.key(self.seed, f"forward {view}", self.batch.epoch, self.batch.batch_idx)
+            place = torch.arange(len(self.batch), device=self.batch.y.device) + self.batch.offset
+            with random.keyed(place, noise), torch.autocast(device, dtype=dtype, enabled=enabled):
                 if self._tap_names:
                     net: Any = self.net  # a Classifier; Defense.attach has checked its taps
                     logits, taps = net.forward_taps(self.images(view), self._tap_names)
@@ -105,6 +109,7 @@ class Context:
     Attributes:
         net: the classifier.
         epoch: epochs finished so far.
+        scaled: a number of epochs of the paper -> of this run.
         train_batches: (batch_size, augment) -> one pass over the training set.
         draw_per_class: n -> a batch of n random training samples of each class.
         attack: (objective, x) -> x_adv with the run's own attack budget.
@@ -112,6 +117,7 @@ class Context:
 
     net: nn.Module
     epoch: int
+    scaled: Callable[[float], int]
     train_batches: Callable[[int, bool], Iterator[Batch]]
     draw_per_class: Callable[[int], Batch]
     attack: Callable[[Objective, Tensor], Tensor]
@@ -126,6 +132,13 @@ class Regularizer(nn.Module):
     """Name of a term that is computed over the batch rather than per sample, if there is one."""
     needs_adversarial: bool = False
     """Whether `terms` reads the view "adversarial"; a defense without one then gets one, on the cross-entropy."""
+
+    def adapt(self, net: nn.Module) -> None:
+        """Called once with the network, also where it is only loaded: check it, make state of its size, add masks.
+
+        Raises:
+            ValueError: a network that the term cannot work with.
+        """
 
     def adversaries(self, net: nn.Module, batch: Batch) -> dict[str, Objective | Inner]:
         """Further inner maximisations this term needs, by view name; none by default."""

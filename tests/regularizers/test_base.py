@@ -65,6 +65,7 @@ def fit(folder: Path, regularizer: Noting, *, epochs: int = EPOCHS, ckpt: Path |
     module.context = lambda: Context(
         net=net,
         epoch=module.current_epoch,
+        scaled=round,
         train_batches=lambda size, augment: iter(fits.batches(2, size)),
         draw_per_class=lambda n: Batch(
             x=torch.full((fits.CLASSES * n, 1, 8, 8), 0.5),

@@ -1,0 +1,156 @@
+"""What is refused before anything is trained, each with a message that names the value and the way out."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from torch import nn
+
+from mi_at import io
+from mi_at.attacks.contexts import attacking
+from mi_at.data.base import ImageDataModule
+from mi_at.defenses.base import Defense
+
+PRECISIONS = ("32-true", "bf16-mixed")
+Check = tuple[str, Callable[[Any], bool], str]
+EXPECTED: tuple[Check, ...] = (
+    ("seed", lambda v: whole(v) and 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
+    ("resume", lambda v: isinstance(v, bool), "true or false"),
+    ("keep_epochs", lambda v: isinstance(v, list) and all(whole(e) and e > 0 for e in v), "a list of epochs from 1 on"),
+    ("probe", lambda v: isinstance(v, list), "a list of attacks, such as [pgd_20]"),
+    ("tags", lambda v: isinstance(v, list), "a list of words"),
+    ("save_every_n_steps", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
+    ("select", lambda v: v in ("auto", "best", "last"), "auto, best or last"),
+    ("trainer.precision", lambda v: v in PRECISIONS, "32-true or bf16-mixed: others break the attack's budget"),
+    ("optim.epochs", lambda v: whole(v) and v > 0, "1 or more"),
+    (
+        "trainer.devices",
+        lambda v: v == "auto" or isinstance(v, list) or (whole(v) and (v > 0 or v == -1)),
+        "a number of devices, a list of them, -1 for all, or auto",
+    ),
+    ("trainer.accumulate_grad_batches", lambda v: whole(v) and v > 0, "1 or more"),
+    ("trainer.gradient_clip_val", lambda v: v is None or v >= 0, "null, or 0 or more"),
+    ("trainer.inspect_every", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
+    ("trainer.max_epochs", lambda v: whole(v) and (v > 0 or v == -1), "1 or more, or -1 where max_steps ends the run"),
+    ("trainer.max_steps", lambda v: whole(v) and (v > 0 or v == -1), "1 or more, or -1 where max_epochs ends the run"),
+    ("trainer.limit_train_batches", lambda v: v > 0, "a number of batches, or a share of them"),
+)
+"""Plain settings: key, whether a value is right, what is expected."""
+
+
+def whole(value: Any) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse what cannot give a true number, before anything is built.
+
+    Raises:
+        ValueError: naming the keys and the way out.
+    """
+    for key, right, expected in EXPECTED:
+        value: Any = functools.reduce(operator.getitem, key.split("."), config)
+        if not right(value):
+            raise ValueError(f"{key}={value}: expected {expected}")
+    if config["select"] == "best" and not config["dataset"]["val_size"]:
+        raise ValueError("select=best needs a validation split: set dataset.val_size")
+    if config["probe"] and not config["dataset"]["val_size"]:
+        raise ValueError(
+            f"probe={config['probe']} runs on the validation split, and there is none: set dataset.val_size"
+        )
+    if unknown := sorted(set(config["probe"]) - set(config["evaluation"]["attacks"])):
+        known = ", ".join(config["evaluation"]["attacks"]) or "none"
+        raise ValueError(f"probe={unknown}: expected attacks of evaluation={config['choices']['evaluation']}: {known}")
+    if {"ema", "swa"} <= set(config["callback"]):
+        raise ValueError("callback=[ema,swa]: only one average of the weights can be served; choose one")
+    check_devices(config["trainer"])
+    check_recipe(config)
+
+
+def check_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuse GPUs that are not there, and several processes in a multirun.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    devices, there = trainer["devices"], torch.cuda.device_count()
+    wanted = max(devices, default=0) + 1 if isinstance(devices, list) else process_count(trainer)
+    if trainer["accelerator"] in ("gpu", "cuda") and wanted > there:
+        raise ValueError(f"trainer.devices={devices}: this machine has {there} GPUs; use fewer, or trainer=default")
+    if process_count(trainer) > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(
+            f"trainer.devices={devices} in a multirun: each process would start the whole sweep again; run the "
+            "configurations one by one, or each of them on one device"
+        )
+
+
+def process_count(trainer: Mapping[str, Any]) -> int:
+    """How many processes train, by the options of the `trainer` group."""
+    devices = trainer["devices"]
+    if isinstance(devices, list):
+        devices = len(devices)
+    elif devices in ("auto", -1):
+        devices = 1 if trainer["accelerator"] == "cpu" else max(1, torch.cuda.device_count())
+    return int(devices) * int(trainer["num_nodes"])
+
+
+def check_net(net: nn.Module, data: ImageDataModule) -> None:
+    """The network must take the images of the data and have an output per class.
+
+    Raises:
+        ValueError: naming what it takes or gives, and what the data need.
+    """
+    name, shape = type(net).__name__, (2, data.channels, data.image_size, data.image_size)
+    try:
+        with attacking(net), torch.no_grad():
+            logits = net(torch.zeros(shape))
+    except RuntimeError as error:
+        raise ValueError(f"model: {name} does not take images {shape} of {data.name}: {error}") from error
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != (2, data.num_classes):
+        raise ValueError(
+            f"model: {name} gives {found} for images {shape}, but {data.name} has {data.num_classes} classes: expected "
+            f"logits (2, {data.num_classes}); set model.num_classes={data.num_classes}"
+        )
+
+
+def check_coupling(config: Mapping[str, Any], defense: Defense) -> None:
+    """A term coupled over the batch needs a batch, and the whole of it.
+
+    Raises:
+        ValueError: naming the term and the option.
+    """
+    coupled = defense.coupled_terms()
+    if coupled and config["dataset"]["batch_size"] < 2:
+        raise ValueError(f"dataset.batch_size=1: {coupled} is computed over a batch; use 2 or more")
+    if coupled and config["trainer"]["accumulate_grad_batches"] != 1:
+        batches = config["trainer"]["accumulate_grad_batches"]
+        raise ValueError(f"trainer.accumulate_grad_batches={batches}: {coupled} needs the whole batch at once; use 1")
+
+
+def check_recipe(config: Mapping[str, Any]) -> None:
+    """A group chosen by the user must not silently keep a recipe's values, such as an SGD rate under optim=adam.
+
+    Raises:
+        ValueError: naming the group and the values.
+    """
+    recipe = config["choices"]["recipe"]
+    if recipe == "none":
+        return
+    given = [override.lstrip("+~") for override in HydraConfig.get().overrides.task]
+    chosen = {name for name, _, _ in (override.partition("=") for override in given) if "." not in name}
+    values = {name for name, _, _ in (override.partition("=") for override in given) if "." in name}
+    for group in sorted(chosen & {"optim", "attack"}):
+        kept = [key for key in io.recipe_keys(recipe) if key.startswith(f"{group}.") and key not in values]
+        if kept:
+            raise ValueError(
+                f"{group}={config['choices'][group]} would keep the values of recipe {recipe}: {', '.join(kept)}; "
+                f"give them on the command line, or use recipe=none"
+            )
