@@ -23,7 +23,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from hydra.utils import get_class, get_object, instantiate
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -120,14 +120,22 @@ def plain(cfg: DictConfig | ListConfig) -> dict[str, Any]:
 def recipe_keys(recipe: str) -> list[str]:
     """Dotted keys that a recipe sets, those of the recipes it includes among them."""
     node: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "recipe" / f"{recipe}.yaml"))
-    included = [name for name in node.pop("defaults", []) if name != "_self_"]
+    # An included group (/callback/ema) is no recipe.
+    included = [name for name in node.pop("defaults", []) if name != "_self_" and not name.startswith("/")]
     keys = [f"{group}.{key}" for group, values in node.items() if isinstance(values, dict) for key in values]
     return [*(key for name in included for key in recipe_keys(name)), *keys]
 
 
 def register_resolvers() -> None:
-    """Resolvers that conf/ uses: `${mul:a,b}` multiplies numbers or fractions."""
+    """Resolvers that conf/ uses: `${mul:a,b}` multiplies numbers or fractions; `${by_budget:p,s,t}` is p at budget
+    paper (and at one of the user's own), s at short and t at smoke.
+    """
     OmegaConf.register_new_resolver("mul", lambda a, b: parse_eps(a) * parse_eps(b), replace=True)
+    OmegaConf.register_new_resolver(
+        "by_budget",
+        lambda paper, short, smoke, *, _root_: {"short": short, "smoke": smoke}.get(str(_root_.budget), paper),
+        replace=True,
+    )
 
 
 def build(where: str, node: Mapping[str, Any]) -> Any:
@@ -141,15 +149,34 @@ def build(where: str, node: Mapping[str, Any]) -> Any:
         What the target makes of the options.
 
     Raises:
-        ValueError: an option of the wrong kind; the message names its key.
+        ValueError: an option that is unknown or of the wrong kind; the message names its key.
     """
     target: Any = get_object(str(node["_target_"]))
+    if hidden := [key for key, value in node.items() if _has_target(value)]:
+        raise ValueError(f"{where}.{hidden[0]} has a _target_ of its own: expected plain values")
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    accepted = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if unknown := [key for key in given if key not in accepted and not takes_any]:
+        raise ValueError(
+            f"{where}.{unknown[0]}: expected one of {', '.join(accepted)}{_guess(unknown[0], list(accepted))}"
+        )
     try:
         hints = typing.get_type_hints(target if inspect.isroutine(target) else target.__init__)
     except NameError:  # names that only a type checker sees
         hints = {}
-    options = {key: _of_kind(f"{where}.{key}", value, _kinds(hints.get(key))) for key, value in node.items()}
-    return instantiate(options)
+    options = {key: _of_kind(f"{where}.{key}", value, _kinds(hints.get(key))) for key, value in given.items()}
+    try:
+        return target(**options)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _has_target(value: Any) -> bool:
+    """Whether Hydra would make something of a value: a checkpoint's configuration may come from anywhere."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(_has_target(inner) for inner in value.values())
+    return isinstance(value, list | tuple) and any(_has_target(inner) for inner in value)
 
 
 _KINDS: dict[type, str] = {
@@ -243,7 +270,7 @@ def _class(where: str, node: Mapping[str, Any], kind: type) -> type[Any]:
         raise ValueError(f"{where}._target_={target}: {error}; expected the path of an importable class") from error
     if not issubclass(found, kind):
         raise ValueError(f"{where}._target_={target}: expected a {kind.__module__}.{kind.__qualname__}")
-    if nested := [key for key, value in node.items() if isinstance(value, Mapping) and "_target_" in value]:
+    if nested := [key for key, value in node.items() if _has_target(value)]:
         raise ValueError(f"{where}.{nested[0]} has a _target_ of its own: expected plain values")
     return found
 
@@ -286,11 +313,23 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use another one") from error
     if not isinstance(raw, dict) or "mi_at" not in raw or "state_dict" not in raw:
         raise CheckpointError(f"checkpoint {path} was not written by mi_at: it carries no configuration")
+    config = raw["mi_at"].get("config") if isinstance(raw["mi_at"], dict) else None
+    parts = ("model", "dataset", "defense", "regularizer")
+    if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
+        raise CheckpointError(f"checkpoint {path} carries no whole configuration: expected {', '.join(parts)}")
     prefix = "net."
     state = {name.removeprefix(prefix): value for name, value in raw["state_dict"].items() if name.startswith(prefix)}
-    return Checkpoint(
-        path, raw["mi_at"]["config"], state, int(raw.get("epoch", -1)) + 1, int(raw.get("global_step", 0))
-    )
+    return Checkpoint(path, config, state, _finished_epochs(raw), int(raw.get("global_step", 0)))
+
+
+def _finished_epochs(raw: Mapping[str, Any]) -> int:
+    """Epochs whose last batch was taken: a checkpoint may be of the middle of one."""
+    loop = raw.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return int(raw.get("epoch", -1)) + 1
+    epochs, last_batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]["is_last_batch"]
+    running = epochs["ready"] > epochs["completed"]
+    return int(epochs["completed"]) + int(running and last_batch)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

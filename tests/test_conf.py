@@ -58,7 +58,8 @@ def overrides_for(group: str, name: str) -> list[str]:
     if group == "model":
         return ["dataset=digits" if name == "cnn_tiny" else "dataset=cifar10"]
     if group == "recipe" and name != "none":
-        match = re.fullmatch(r"(\w+?)_(cifar10|cifar100|mnist)_(resnet18|wrn34_10|cnn4)(_short)?", name)
+        datasets, models = "|".join(public("dataset")), "|".join(public("model"))
+        match = re.fullmatch(rf"(\w+?)_({datasets})_({models})(_short|_l2|_1m)?", name)
         assert match is not None, f"{name}: expected <defense>_<dataset>_<model>"
         known = match[1] in names("defense")
         return [*([f"defense={match[1]}"] if known else []), f"dataset={match[2]}", f"model={match[3]}"]
@@ -184,7 +185,7 @@ def test_every_value_of_a_recipe_arrives(name: str, compose: Compose) -> None:
 
     def values(recipe: str) -> dict[str, Any]:
         node = yaml.safe_load((CONF / f"recipe/{recipe}.yaml").read_text())
-        included = [other for other in node.pop("defaults", []) if other != "_self_"]
+        included = [other for other in node.pop("defaults", []) if other != "_self_" and not other.startswith("/")]
         own = {f"{group}.{key}": v for group, part in node.items() if isinstance(part, dict) for key, v in part.items()}
         return {key: value for other in included for key, value in values(other).items()} | own
 
@@ -192,7 +193,8 @@ def test_every_value_of_a_recipe_arrives(name: str, compose: Compose) -> None:
     assert set(expected) == set(io.recipe_keys(name))
     for key, value in expected.items():
         group, option = key.split(".")
-        assert config[group][option] == value, key
+        found = config[group][option]
+        assert (found | value if isinstance(value, dict) else value) == found, key
 
 
 def test_the_command_line_wins_over_budget_over_recipe_over_data_set(compose: Compose) -> None:

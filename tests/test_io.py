@@ -23,6 +23,12 @@ MODEL = {
     "width": 0.2,
     "batch_norm": True,
 }
+CONFIG: dict[str, Any] = {
+    "model": MODEL,
+    "dataset": {"_target_": "mi_at.data.digits.Digits"},
+    "defense": {"_target_": "mi_at.defenses.ce.CE"},
+    "regularizer": {},
+}
 
 
 def checkpoint(path: Path, **changes: Any) -> Path:
@@ -30,13 +36,7 @@ def checkpoint(path: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     net = CNNTiny(num_classes=10, in_channels=1, image_size=8, width=0.2, batch_norm=True)
     state = {f"net.{name}": value for name, value in net.state_dict().items()} | {"regularizers.a.b": torch.ones(1)}
-    config = {
-        "model": MODEL,
-        "dataset": {"_target_": "mi_at.data.digits.Digits"},
-        "defense": {"_target_": "mi_at.defenses.ce.CE"},
-        "regularizer": {},
-    }
-    content = {"state_dict": state, "mi_at": {"config": config}, "epoch": 4, "global_step": 100}
+    content = {"state_dict": state, "mi_at": {"config": CONFIG}, "epoch": 4, "global_step": 100}
     torch.save({**content, **changes}, path)
     return path
 
@@ -99,12 +99,43 @@ def test_a_configuration_cannot_run_what_is_no_network(
 ) -> None:
     """A checkpoint may come from anywhere, and its configuration with it."""
     monkeypatch.chdir(tmp_path)
-    path = checkpoint(tmp_path / "best.ckpt", mi_at={"config": {"model": model}})
+    path = checkpoint(tmp_path / "best.ckpt", mi_at={"config": {**CONFIG, "model": model}})
     with pytest.raises(ValueError, match=r"model\.(_target_|mean)"):
         mi_at.load(path)
     with pytest.raises(ValueError, match=r"dataset\.(_target_|mean)"):
         io.build_data(model if "mean" not in model else {"_target_": "mi_at.data.digits.Digits", "mean": HOSTILE})
     assert not (tmp_path / "executed").exists()
+
+
+TRADES = {"_target_": "mi_at.defenses.trades.Trades"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"defense": HOSTILE},
+        {"defense": {**TRADES, "beta": HOSTILE}},
+        {"defense": {**TRADES, "unknown": {"deep": [HOSTILE]}}},
+        {"regularizer": {"mi": HOSTILE}},
+        {"regularizer": {"mi": {"_target_": "mi_at.regularizers.mi.MutualInformation", "lambda_mi": [HOSTILE]}}},
+    ],
+)
+def test_a_configuration_cannot_run_what_is_no_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Nothing that a method's node holds is made into an object, however deep."""
+    monkeypatch.chdir(tmp_path)
+    path = checkpoint(tmp_path / "best.ckpt", mi_at={"config": {**CONFIG, **changes}})
+    (where,) = changes
+    with pytest.raises(ValueError, match=rf"{where}.*_target_"):
+        mi_at.load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("config", [{}, {"model": MODEL}, {**CONFIG, "regularizer": ["mi"]}, None, "digits"])
+def test_a_configuration_that_is_none(tmp_path: Path, config: Any) -> None:
+    with pytest.raises(io.CheckpointError, match="no whole configuration: expected model, dataset"):
+        mi_at.load(checkpoint(tmp_path / "best.ckpt", mi_at={"config": config}))
 
 
 # ---------------------------------------------------------------- building

@@ -19,7 +19,7 @@ from mi_at.attacks import objectives
 from mi_at.attacks.contexts import attacking
 from mi_at.attacks.inner import Inner, Objective
 from mi_at.data.batch import Batch
-from mi_at.functional.distributed import own_shard, world_size
+from mi_at.functional.distributed import own_shard, rank, world_size
 from mi_at.optim import Optimisation
 from mi_at.regularizers.base import Context, Regularizer, Views
 
@@ -179,6 +179,11 @@ class Defense(LightningModule):
             )
         return terms
 
+    def readings(self) -> dict[str, Tensor]:
+        """Scalars of the last batch, logged beside the terms and no part of the loss: the regularizers'."""
+        terms = self.added_terms().items()
+        return {f"{name}/{key}": value for name, term in terms for key, value in term.readings().items()}
+
     def scaled(self, epochs: float) -> int:
         """A number of epochs of the paper in this run (`Optimisation.scaled`)."""
         return self.optimisation.scaled(epochs) if self.optimisation else round(epochs)
@@ -263,7 +268,19 @@ class Defense(LightningModule):
         history = {"names": self._history_names, "steps": [step for step, _ in self._history]}
         if self._history:
             history["values"] = torch.stack([row for _, row in self._history]).cpu()
-        checkpoint["mi_at"] = {"config": self.config, "fit_started": self.fit_started, "terms": history}
+        accuracies = {}  # of the epoch so far, where this is the middle of one
+        for name, metric in self._accuracy.items():
+            if metric.update_count:
+                sums = torch.stack([metric.mean_value, metric.weight])
+                if world_size() > 1:
+                    dist.all_reduce(sums)
+                accuracies[name] = sums.cpu()
+        checkpoint["mi_at"] = {
+            "config": self.config,
+            "fit_started": self.fit_started,
+            "terms": history,
+            "accuracies": accuracies,
+        }
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -275,6 +292,11 @@ class Defense(LightningModule):
         self._history_names = history["names"]
         rows = history["values"].to(self.device) if history["steps"] else ()
         self._history = list(zip(history["steps"], rows, strict=True))
+        for name, sums in checkpoint["mi_at"].get("accuracies", {}).items():
+            metric, nothing = self._accuracy[name], torch.zeros((), device=self._accuracy[name].device)
+            metric.update(nothing, nothing)
+            if rank() == 0:  # the sums are those of all processes
+                metric.mean_value, metric.weight = sums.to(metric.device)
         self._rng = checkpoint["rng"]
 
     def on_train_start(self) -> None:
@@ -325,6 +347,8 @@ class Defense(LightningModule):
         for name, value in terms.items():
             # Not in the progress bar: Lightning would read it from the device after every batch.
             self.log(f"train/{name}", value.detach(), batch_size=size)
+        for name, value in self.readings().items():
+            self.log(f"train/{name}", value.detach().float(), batch_size=size)
         if inspecting:
             self.check_finite()
             if len(terms) > 2:  # two terms and their sum

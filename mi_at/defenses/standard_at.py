@@ -9,14 +9,20 @@ robust_overfitting's PGD-AT leaves the network in train mode (`attack.mode`).
 
 from __future__ import annotations
 
-from torch import Tensor
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
 
 from mi_at.attacks import objectives
 from mi_at.attacks.inner import Inner, Objective
 from mi_at.data.batch import Batch
 from mi_at.defenses.base import Defense
 from mi_at.functional.divergences import cross_entropy
-from mi_at.regularizers.base import Views
+from mi_at.optim import Optimisation
+from mi_at.regularizers.base import Regularizer, Views
 
 
 def standard_at_loss(logits_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -48,3 +54,72 @@ class StandardAT(Defense):
     def loss(self, views: Views) -> dict[str, Tensor]:
         """Cross-entropy of the adversarial view."""
         return standard_at_loss(views.logits("adversarial"), views.y)
+
+
+class StandardATWith(StandardAT):
+    """Standard adversarial training with one regularizer of its own: the same training as with that of the group.
+
+    A paper's method under its own name is two lines, and takes the regularizer's options:
+
+        class Ncmi(StandardATWith):
+            __init__ = options_of("ncmi", NcmiTerm)
+
+    Args:
+        name: of the regularizer, as in the group: its terms and its state are called so.
+        term: the regularizer, first of those added.
+    """
+
+    def __init__(self, name: str, term: Regularizer) -> None:
+        super().__init__()
+        self.own_terms = {name: term}
+
+    def attach(
+        self,
+        net: nn.Module,
+        *,
+        optimisation: Optimisation | None = None,
+        regularizers: Mapping[str, Regularizer] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> StandardAT:
+        """As `Defense.attach`, its own regularizer before the others.
+
+        Raises:
+            ValueError: also where the same regularizer is added once more.
+        """
+        (name,) = self.own_terms
+        if name in (regularizers or {}):
+            raise ValueError(
+                f"defense={name} regularizer={name} would add the same term twice: use one of them, "
+                f"or defense=standard_at regularizer={name}"
+            )
+        added = {**self.own_terms, **(regularizers or {})}
+        with _named_as_defense(name):
+            super().attach(net, optimisation=optimisation, regularizers=added, config=config)
+        return self
+
+
+def options_of(name: str, term: type[Regularizer]) -> Any:
+    """An `__init__` for a `StandardATWith` that takes a regularizer's options, their kinds and defaults included.
+
+    Args:
+        name: of the regularizer.
+        term: its class.
+
+    Returns:
+        The method; a wrong value is reported under the key `defense.<option>`.
+    """
+
+    @functools.wraps(term.__init__)
+    def init(self: StandardATWith, **options: Any) -> None:  # the regularizer refuses what it does not know
+        with _named_as_defense(name):
+            StandardATWith.__init__(self, name, term(**options))
+
+    return init
+
+
+@contextlib.contextmanager
+def _named_as_defense(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"regularizer.{name}.", "defense.")) from error

@@ -157,6 +157,10 @@ class Regularizer(nn.Module):
     def on_epoch_end(self, ctx: Context) -> None:
         """Called after every epoch, before validation."""
 
+    def readings(self) -> dict[str, Tensor]:
+        """Scalars of the batch that `terms` saw last, logged beside the terms and no part of the loss."""
+        return {}
+
     def settings(self) -> dict[str, Any]:
         """Plain values worth recording beside a result."""
         return {}
