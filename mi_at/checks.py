@@ -35,11 +35,21 @@ EXPECTED: tuple[Check, ...] = (
         "a number of devices, a list of them, -1 for all, or auto",
     ),
     ("trainer.accumulate_grad_batches", lambda v: whole(v) and v > 0, "1 or more"),
-    ("trainer.gradient_clip_val", lambda v: v is None or v >= 0, "null, or 0 or more"),
+    ("trainer.gradient_clip_val", lambda v: v is None or (number(v) and v >= 0), "null, or 0 or more"),
     ("trainer.inspect_every", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
     ("trainer.max_epochs", lambda v: whole(v) and (v > 0 or v == -1), "1 or more, or -1 where max_steps ends the run"),
     ("trainer.max_steps", lambda v: whole(v) and (v > 0 or v == -1), "1 or more, or -1 where max_epochs ends the run"),
-    ("trainer.limit_train_batches", lambda v: v > 0, "a number of batches, or a share of them"),
+    ("trainer.limit_train_batches", lambda v: number(v) and v > 0, "a number of batches, or a share of them"),
+    ("trainer.limit_val_batches", lambda v: number(v) and v >= 0, "a number of batches, or a share of them"),
+    ("trainer.check_val_every_n_epoch", lambda v: whole(v) and v > 0, "a number of epochs, 1 or more"),
+    ("trainer.log_every_n_steps", lambda v: whole(v) and v > 0, "a number of steps, 1 or more"),
+    ("trainer.num_nodes", lambda v: whole(v) and v > 0, "a number of machines, 1 or more"),
+    ("trainer.accelerator", lambda v: v in ("auto", "cpu", "gpu", "cuda"), "auto, cpu or gpu"),
+    ("trainer.deterministic", lambda v: isinstance(v, bool) or v == "warn", "true, false or warn"),
+    *(
+        (f"trainer.{key}", lambda v: isinstance(v, bool), "true or false")
+        for key in ("enable_progress_bar", "benchmark", "channels_last", "compile")
+    ),
 )
 """Plain settings: key, whether a value is right, what is expected."""
 
@@ -47,6 +57,11 @@ EXPECTED: tuple[Check, ...] = (
 def whole(value: Any) -> bool:
     """Whether a value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number(value: Any) -> bool:
+    """Whether a value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -68,6 +83,15 @@ def check(config: Mapping[str, Any]) -> None:
     if unknown := sorted(set(config["probe"]) - set(config["evaluation"]["attacks"])):
         known = ", ".join(config["evaluation"]["attacks"]) or "none"
         raise ValueError(f"probe={unknown}: expected attacks of evaluation={config['choices']['evaluation']}: {known}")
+    optim, data = config["optim"], config["dataset"]
+    last = optim["paper_epochs"] or optim["epochs"]
+    if late := [epoch for epoch in config["keep_epochs"] if epoch > last]:
+        raise ValueError(f"keep_epochs={late}: the run ends after epoch {last} (of optim.paper_epochs, if it is set)")
+    if 0 < data["val_size"] < data["num_classes"]:
+        raise ValueError(
+            f"dataset.val_size={data['val_size']}: a stratified split of {data['num_classes']} classes needs at least "
+            "as many images; 0 switches validation off"
+        )
     if {"ema", "swa"} <= set(config["callback"]):
         raise ValueError("callback=[ema,swa]: only one average of the weights can be served; choose one")
     check_devices(config["trainer"])
@@ -121,15 +145,26 @@ def check_net(net: nn.Module, data: ImageDataModule) -> None:
         )
 
 
-def check_coupling(config: Mapping[str, Any], defense: Defense) -> None:
-    """A term coupled over the batch needs a batch, and the whole of it.
+def check_coupling(config: Mapping[str, Any], defense: Defense, images: int) -> None:
+    """A term coupled over the batch needs a batch, the last of an epoch too, and the whole of it.
+
+    Args:
+        config: resolved.
+        defense: with its regularizers.
+        images: in the training set.
 
     Raises:
         ValueError: naming the term and the option.
     """
-    coupled = defense.coupled_terms()
-    if coupled and config["dataset"]["batch_size"] < 2:
+    coupled, size = defense.coupled_terms(), config["dataset"]["batch_size"]
+    if coupled and size < 2:
         raise ValueError(f"dataset.batch_size=1: {coupled} is computed over a batch; use 2 or more")
+    whole_batches = config["dataset"]["drop_last"] or config["dataset"]["extra"]
+    if coupled and images % size == 1 and not whole_batches:
+        raise ValueError(
+            f"dataset.batch_size={size}: the last batch of {images} training images has one image, and {coupled} is "
+            "computed over a batch; use another size, or dataset.drop_last=true"
+        )
     if coupled and config["trainer"]["accumulate_grad_batches"] != 1:
         batches = config["trainer"]["accumulate_grad_batches"]
         raise ValueError(f"trainer.accumulate_grad_batches={batches}: {coupled} needs the whole batch at once; use 1")
@@ -150,7 +185,12 @@ def check_recipe(config: Mapping[str, Any]) -> None:
     for group in sorted(chosen & {"optim", "attack"}):
         kept = [key for key in io.recipe_keys(recipe) if key.startswith(f"{group}.") and key not in values]
         if kept:
-            raise ValueError(
-                f"{group}={config['choices'][group]} would keep the values of recipe {recipe}: {', '.join(kept)}; "
-                f"give them on the command line, or use recipe=none"
-            )
+            choice = config["choices"][group]
+            own = io.options_of(group, choice)
+            foreign = [key for key in kept if key.removeprefix(f"{group}.") not in own]
+            way = "use recipe=none, and give on the command line what you want of the recipe"
+            if foreign:
+                way = f"{choice} has no {', '.join(foreign)}: {way}"
+            else:
+                way = f"give them on the command line ({' '.join(f'{key}=...' for key in kept)}), or {way}"
+            raise ValueError(f"{group}={choice} would keep the values of recipe {recipe}: {', '.join(kept)}; {way}")

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from mi_at.data import CUSTOMARY_KEYS
 from mi_at.data.base import ImageDataModule
@@ -126,9 +127,15 @@ def recipe_keys(recipe: str) -> list[str]:
     return [*(key for name in included for key in recipe_keys(name)), *keys]
 
 
+def options_of(group: str, name: str) -> list[str]:
+    """Keys of a group's file, such as those of conf/optim/adam.yaml."""
+    return [str(key) for key in OmegaConf.load(Path(conf_dir()) / group / f"{name}.yaml")]
+
+
 def register_resolvers() -> None:
-    """Resolvers that conf/ uses: `${mul:a,b}` multiplies numbers or fractions; `${by_budget:p,s,t}` is p at budget
-    paper (and at one of the user's own), s at short and t at smoke.
+    """Resolvers that conf/ uses.
+
+    `${mul:a,b}` multiplies numbers or fractions; `${by_budget:p,s,t}` is s at budget short, t at smoke, p at others.
     """
     OmegaConf.register_new_resolver("mul", lambda a, b: parse_eps(a) * parse_eps(b), replace=True)
     OmegaConf.register_new_resolver(
@@ -215,10 +222,10 @@ def build_net(model: Mapping[str, Any]) -> nn.Module:
         model: `_target_` and options, plain values.
 
     Returns:
-        The network, on the CPU, freshly initialised from torch's global random state.
+        The network, on the CPU, freshly initialised from torch's global random state; lazy layers have their sizes.
 
     Raises:
-        ValueError: the target does not exist or does not take what it was given.
+        ValueError: the target does not exist or does not take what it was given, or a lazy layer keeps no size.
     """
     target = _class("model", model, nn.Module)
     options = {key: value for key, value in model.items() if key != "_target_"}
@@ -229,7 +236,40 @@ def build_net(model: Mapping[str, Any]) -> nn.Module:
         net: nn.Module = target(**options)
     except TypeError as error:
         raise ValueError(f"model: {error}") from error
+    if _lazy_layers(net):
+        _initialise(net, model)
     return net
+
+
+def _lazy_layers(net: nn.Module) -> list[str]:
+    """Layers that do not know their size before a forward, such as nn.LazyLinear."""
+    layers = ((name, module) for name, module in net.named_modules() if isinstance(module, LazyModuleMixin))
+    return [f"{name} ({type(module).__name__})" for name, module in layers if module.has_uninitialized_params()]
+
+
+def _initialise(net: nn.Module, model: Mapping[str, Any]) -> None:
+    """Give lazy layers their sizes, by a forward of two images of the configured size in eval mode.
+
+    Raises:
+        ValueError: naming a layer that keeps none, and the way out.
+    """
+    lazy, way = _lazy_layers(net)[0], "set model.in_channels and model.image_size, or give the layer its size"
+    if not {"in_channels", "image_size"} <= model.keys():
+        raise ValueError(f"model: the size of layer {lazy} depends on the images: {way}")
+    shape = (2, model["in_channels"], model["image_size"], model["image_size"])
+    training = [(module, module.training) for module in net.modules()]
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(shape))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"model: the size of layer {lazy} depends on the images, and {type(net).__name__} does not take those "
+            f"of {shape}: {error}; {way}"
+        ) from error
+    for module, mode in training:
+        module.training = mode
+    if left := _lazy_layers(net):
+        raise ValueError(f"model: a forward does not reach layer {left[0]}, so it has no size: {way}")
 
 
 def build_defense(config: Mapping[str, Any], net: nn.Module) -> Defense:
@@ -276,11 +316,19 @@ def _class(where: str, node: Mapping[str, Any], kind: type) -> type[Any]:
 
 
 def build_attacks(evaluation: Mapping[str, Any]) -> dict[str, EvalAttack]:
-    """The attacks of a resolved `evaluation` node by name."""
-    return {
-        name: build(f"evaluation.attacks.{name}", {**node, "name": name})
-        for name, node in evaluation["attacks"].items()
-    }
+    """The attacks of a resolved `evaluation` node by name.
+
+    Raises:
+        ValueError: an option of the wrong kind or out of range; the message names its key.
+    """
+    attacks = {}
+    for name, node in evaluation["attacks"].items():
+        where = f"evaluation.attacks.{name}"
+        try:
+            attacks[name] = build(where, {**node, "name": name})
+        except ValueError as error:
+            raise ValueError(str(error).replace("attack.", f"{where}.")) from error
+    return attacks
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -390,6 +438,7 @@ def quiet() -> None:
         ".*is smaller than the logging interval.*",
         ".*exists and is not empty.*",
         ".*Total length of `list` across ranks is zero.*",  # dataset.val_size=0
+        ".*module.s. in eval mode at the start of training.*",  # frozen estimators and reference networks
     ):
         warnings.filterwarnings("ignore", text)
 

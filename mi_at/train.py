@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from mi_at import checks, io
+from mi_at import checks, io, stages
 from mi_at.attacks.inner import InnerMaximisation
 from mi_at.callbacks.adversarial_examples import AdversarialExamples
 from mi_at.callbacks.checkpoints import AtomicCheckpointIO, Best, KeepEpochs, Last, Preemption
@@ -51,6 +51,19 @@ def train(cfg: DictConfig) -> float | None:
     """
     config = io.resolve(cfg)
     checks.check(config)
+    return run_once(config)
+
+
+def run_once(config: Mapping[str, Any]) -> float | None:
+    """`train` for a resolved and checked configuration; stages that it needs are trained by this function too.
+
+    Args:
+        config: plain values.
+
+    Returns:
+        As `train`.
+    """
+    config, files = stages.resolve(config, run_once)
     own = {name: config["trainer"][name] for name in OWN_TRAINER_OPTIONS}
     lightning = {name: value for name, value in config["trainer"].items() if name not in OWN_TRAINER_OPTIONS}
 
@@ -63,7 +76,6 @@ def train(cfg: DictConfig) -> float | None:
         io.load_weights(net, io.read_checkpoint(config["init_from"]))
     defense.inspect_every = own["inspect_every"]
     data = io.build_data(config["dataset"])
-    checks.check_coupling(config, defense)
     budget: InnerMaximisation = io.build("attack", config["attack"])
     attacks = io.build_attacks(config["evaluation"])
     extra_callbacks = [io.build(f"callback.{name}", node) for name, node in config["callback"].items()]
@@ -72,6 +84,7 @@ def train(cfg: DictConfig) -> float | None:
     sizes(attacks, data.test_dataloader().num_images, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     data.setup("fit")  # forgets the test split
     checks.check_net(net, data)
+    checks.check_coupling(config, defense, len(data.train_index))
 
     processes = checks.process_count(lightning)
     processes_matter = batch_coupled(net)
@@ -85,6 +98,8 @@ def train(cfg: DictConfig) -> float | None:
     )
     if first_process():
         print_header(run.key, header(config, run, net))
+    if run.state == "new":
+        stages.equip(config, defense, data, files, run_once)
     if run.state == "resumed":
         io.read_checkpoint(run.last)  # says what is wrong with a damaged one
     if run.state == "finished":
@@ -185,15 +200,17 @@ def fit(
         raise ValueError(f"trainer: {error}") from error
     run.make(config)
     adversarial_examples = next(callback for callback in callbacks if isinstance(callback, AdversarialExamples))
-    defense.context = lambda: Context(
+    defense.context = lambda epoch: Context(
         net=defense.net,
-        epoch=trainer.current_epoch,
+        epoch=epoch,
         scaled=defense.scaled,
-        train_batches=lambda batch_size, augment: iter(data.train_batches(batch_size=batch_size, augment=augment)),
+        train_batches=lambda batch_size, augment: iter(
+            data.train_batches(batch_size=batch_size, augment=augment, epoch=epoch)
+        ),
         draw_per_class=lambda n: data.draw_per_class(
             n, generator=keyed_generator(config["seed"], "draw", trainer.global_step)
         ),
-        attack=adversarial_examples.attack_of(defense),
+        attack=adversarial_examples.attack_of(defense, epoch),
     )
     started = time.perf_counter()
     trainer.fit(defense, datamodule=data, ckpt_path=run.last if run.state == "resumed" else None, weights_only=True)

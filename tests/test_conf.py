@@ -239,6 +239,12 @@ def test_a_group_chosen_against_a_recipe_is_an_error_that_names_the_values(compo
         check(io.resolve(compose([*base, "optim=adam"])))
     with pytest.raises(ValueError, match=r"attack=fgsm would keep .* attack.step_size, attack.steps"):
         check(io.resolve(compose([*base, "attack=fgsm"])))
+    with pytest.raises(ValueError, match=r"; adam has no optim.momentum: use recipe=none, and give .* what you want"):
+        check(io.resolve(compose([*base, "optim=adam"])))
+    with pytest.raises(
+        ValueError, match=r"; give them .* \(attack.eps=\.\.\. .*attack.steps=\.\.\.\), or use recipe=none"
+    ):
+        check(io.resolve(compose([*base, "attack=fgsm"])))
     check(io.resolve(compose([*base, "optim=adam", "recipe=none"])))
     every = [f"{key}={key.replace('.', '_')}" for key in io.recipe_keys("mimae_cifar10_resnet18") if "attack" in key]
     check(io.resolve(compose([*base, "attack=fgsm", *every])))

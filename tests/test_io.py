@@ -147,6 +147,33 @@ def test_build_net_is_seeded_by_the_global_state() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+class Lazy(nn.Sequential):
+    """Its size depends on the images."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Dropout(0.5))
+        self[3].eval()
+
+
+def test_lazy_layers_get_their_sizes() -> None:
+    node = {"_target_": f"{__name__}.Lazy", "in_channels": 3, "image_size": 5}
+    built = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        built.append(io.build_net(node))
+    shapes = {name: tuple(value.shape) for name, value in built[0].state_dict().items() if name.endswith("weight")}
+    assert shapes == {"1.weight": (4, 75), "2.weight": (4,)}
+    assert type(built[0][1]) is nn.Linear  # type: ignore[index]
+    assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters(), strict=True))
+    assert [module.training for module in built[0]] == [True, True, True, False]  # type: ignore[union-attr]
+    assert all(parameter.requires_grad for parameter in built[0].parameters())
+    assert int(built[0].state_dict()["2.num_batches_tracked"]) == 0
+    with pytest.raises(
+        ValueError, match=r"size of layer 1 \(LazyLinear\) .*: set model.in_channels and model.image_size"
+    ):
+        io.build_net({"_target_": f"{__name__}.Lazy"})
+
+
 def test_a_network_of_mi_at_takes_exactly_its_options() -> None:
     with pytest.raises(ValueError, match=r"model: .*unexpected keyword argument 'depth'"):
         io.build_net({**MODEL, "depth": 3})

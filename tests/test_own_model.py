@@ -29,6 +29,31 @@ class Net(nn.Module):
     def forward(self, x):
         return self.layers(x)
 
+class Lazy(nn.Module):
+    """Leaves every size to the images."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+class LazyWide(Lazy):
+    """Takes images of another kind."""
+
+    def forward(self, x):
+        return super().forward(x.view(-1, 3, 8, 9))
+
+class LazyUnused(Lazy):
+    """Has a layer that is not used."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.spare = nn.LazyLinear(3)
+
 class Fixed(nn.Module):
     """Takes nothing."""
 
@@ -77,7 +102,7 @@ def own(*overrides: str) -> list[str]:
     return [override for override in tiny(*overrides) if not override.startswith("model.width")]
 
 
-@pytest.mark.parametrize("name", ["Net", "Fixed"])
+@pytest.mark.parametrize("name", ["Net", "Fixed", "Lazy"])
 def test_a_network_of_ones_own_trains_and_is_evaluated(folder: Path, name: str) -> None:
     run = ("run_dir=run", f"model._target_=my_package.{name}", "optim.lr=0.2")
     done = command(folder, *own(*run, "evaluation=quick", "evaluation.autoattack_n=2"))
@@ -105,6 +130,8 @@ def test_an_option_of_its_own(folder: Path) -> None:
     [
         ("Pair", ("model: Pair gives tuple", "digits has 10 classes")),
         ("Wide", ("model: Wide does not take images (2, 1, 8, 8) of digits",)),
+        ("LazyWide", ("model: the size of layer layers.0 (LazyConv2d) ", "LazyWide does not take", "(2, 1, 8, 8)")),
+        ("LazyUnused", ("model: a forward does not reach layer spare (LazyLinear)", "give the layer its size")),
         ("Needy", ("model: ", "depth")),
         ("NoModule", ("model._target_=my_package.NoModule: expected a torch.nn",)),
         ("Missing", ("model._target_=my_package.Missing", "importable class")),

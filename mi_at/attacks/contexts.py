@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.hooks import RemovableHandle
 
 MODES = ("eval", "train_no_track")
 
@@ -65,7 +67,7 @@ def attacking(net: nn.Module, mode: str = "eval", precision: str = "fp32") -> It
 
 @contextmanager
 def untracked_statistics(net: nn.Module) -> Iterator[None]:
-    """Forwards in this block leave batch norm's running statistics alone; in train mode they use the batch's.
+    """Forwards in this block leave the running statistics of norms alone; in train mode they use the batch's.
 
     Example:
         >>> net = nn.BatchNorm1d(1)
@@ -74,7 +76,9 @@ def untracked_statistics(net: nn.Module) -> Iterator[None]:
         >>> net.running_mean.item()
         0.0
     """
-    norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    tracking = [module for module in net.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+    norms = [module for module in tracking if not isinstance(module, _InstanceNorm)]
+    hooks = [hook for module in tracking if isinstance(module, _InstanceNorm) for hook in _hide_statistics(module)]
     for module in norms:
         module.track_running_stats = False
     try:
@@ -82,3 +86,22 @@ def untracked_statistics(net: nn.Module) -> Iterator[None]:
     finally:
         for module in norms:
             module.track_running_stats = True
+        for hook in hooks:
+            hook.remove()
+
+
+def _hide_statistics(norm: _InstanceNorm) -> tuple[RemovableHandle, RemovableHandle]:
+    """Instance norm updates the statistics it holds even where it is told not to track: in train mode it holds none."""
+    held: dict[str, Tensor | None] = {}
+
+    def take(module: nn.Module, inputs: object) -> None:
+        if module.training:
+            held.update(running_mean=norm.running_mean, running_var=norm.running_var)
+            norm.running_mean = norm.running_var = None
+
+    def give_back(module: nn.Module, inputs: object, output: object) -> None:
+        for name, statistics in held.items():
+            setattr(norm, name, statistics)
+        held.clear()
+
+    return norm.register_forward_pre_hook(take), norm.register_forward_hook(give_back, always_call=True)

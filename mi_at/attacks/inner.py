@@ -45,7 +45,7 @@ class InnerMaximisation:
     Attributes:
         norm: "linf" or "l2".
         eps: radius in pixels of [0, 1], a number or a fraction ("8/255").
-        step_size: a number or a fraction; > 0.
+        step_size: a number or a fraction; > 0, under l_inf at most 1, under l_2 at most 2 eps or 1.
         steps: >= 0.
         init: "uniform", "gaussian", "zero", or None for the method's own.
         mode: "eval", "train_no_track", or None for the method's own.
@@ -76,7 +76,9 @@ class InnerMaximisation:
         """Parse fractions and check ranges."""
         check_norm(self.norm)
         object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm))
+        if not self.warmup_epochs:  # a radius that still grows may be shorter than its step
+            check_reach(self.step_size, self.steps, self.norm, self.eps)
         if self.init is not None and self.init not in INITS:
             raise ValueError(f"attack.init={self.init!r}: expected null or one of {', '.join(INITS)}")
         if self.mode is not None and self.mode not in MODES:
@@ -96,14 +98,63 @@ class InnerMaximisation:
         return self.eps * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else self.eps
 
 
-def check_eps(eps: Any, norm: str) -> Any:
-    """Parse a radius and refuse the usual mistakes; a tensor of radii per sample passes.
+def check_eps(eps: Any, norm: str, samples: int | None = None) -> Any:
+    """Parse a radius and refuse the usual mistakes.
+
+    Args:
+        eps: a number, a fraction or one radius per sample [B]; on an accelerator the values of the latter are not
+            looked at: it would wait for the device.
+        norm: "linf" or "l2".
+        samples: B, where it is known.
 
     Raises:
-        ValueError: negative, not finite, or an l_inf radius above 1.
+        ValueError: negative, not finite, or an l_inf radius above 1; not one per sample.
     """
     if isinstance(eps, Tensor):
+        low, high = _range_of("eps", eps, samples)
+        _check_eps(low, norm)
+        _check_eps(high, norm)
         return eps
+    return _check_eps(eps, norm)
+
+
+def check_step(step_size: Any, steps: int, norm: str, samples: int | None = None) -> Any:
+    """Parse a step size and check it with the number of steps.
+
+    Args:
+        step_size: as `check_eps` takes a radius.
+        steps: number of steps.
+        norm: "linf" or "l2"; under l_2 a length grows with the number of pixels and has no bound of its own.
+        samples: B, where it is known.
+
+    Raises:
+        ValueError: steps < 0, or a step size that is not positive and finite, or above 1 under l_inf; not one per
+            sample.
+    """
+    if steps < 0:
+        raise ValueError(f"attack.steps={steps}: expected 0 or more")
+    if isinstance(step_size, Tensor):
+        low, high = _range_of("step_size", step_size, samples)
+        _check_step(low, steps, norm)
+        _check_step(high, steps, norm)
+        return step_size
+    return _check_step(step_size, steps, norm)
+
+
+def check_reach(step_size: float, steps: int, norm: str, eps: float) -> None:
+    """Refuse an l_2 step that is longer than the ball is wide and than a pixel's range: a forgotten /255.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if norm == "l2" and steps and eps and step_size > max(1.0, 2 * eps):
+        raise ValueError(
+            f"attack.step_size={step_size:g}: the l2 ball of attack.eps={eps:g} is {2 * eps:g} wide; "
+            f"did you mean {step_size:g}/255?"
+        )
+
+
+def _check_eps(eps: Any, norm: str) -> float:
     value = parse_eps(eps)
     if not 0 <= value < float("inf"):
         raise ValueError(f"attack.eps={eps}: expected a radius of 0 or more")
@@ -112,17 +163,23 @@ def check_eps(eps: Any, norm: str) -> Any:
     return value
 
 
-def check_step(step_size: Any, steps: int) -> Any:
-    """Parse a step size and check it with the number of steps; a tensor of sizes per sample passes.
-
-    Raises:
-        ValueError: steps < 0, or a step size that is not positive and finite.
-    """
-    if steps < 0:
-        raise ValueError(f"attack.steps={steps}: expected 0 or more")
-    if isinstance(step_size, Tensor):
-        return step_size
+def _check_step(step_size: Any, steps: int, norm: str) -> float:
     value = parse_eps(step_size)
     if steps and not 0 < value < float("inf"):
         raise ValueError(f"attack.step_size={step_size}: expected a positive number or fraction such as 2/255")
+    if norm == "linf" and value > 1:
+        raise ValueError(f"attack.step_size={step_size}: pixels are in [0, 1]; did you mean {step_size}/255?")
     return value
+
+
+def _range_of(name: str, values: Tensor, samples: int | None) -> tuple[float, float]:
+    """Smallest and largest of one value per sample; (1, 1), which is always right, where looking would wait."""
+    if values.ndim != 1 or (samples is not None and len(values) != samples):
+        expected = f"[{'B' if samples is None else samples}]"
+        raise ValueError(
+            f"attack.{name} of shape {list(values.shape)}: expected a number, or one per sample {expected}"
+        )
+    if values.device.type != "cpu" or not len(values):
+        return 1.0, 1.0
+    low, high = (float(value) for value in values.detach().aminmax())
+    return low, high

@@ -72,7 +72,14 @@ def representation_distance(net: Any, tap: str, target: Tensor) -> Objective:
     if names is None or tap not in names:
         raise ValueError(f"tap={tap!r}: expected one of {', '.join(names or ('(the network has no taps)',))}")
     target = _ordinary(target)
-    return lambda x: (net.forward_taps(x, (tap,))[1][tap] - target).float().flatten(1).square().sum(dim=1)
+
+    def distance(x: Tensor) -> Tensor:
+        difference = net.forward_taps(x, (tap,))[1][tap] - target
+        # A sum of squares in bfloat16 would be too coarse.
+        difference = difference.float() if difference.dtype.itemsize < 4 else difference
+        return difference.flatten(1).square().sum(dim=1)
+
+    return distance
 
 
 def frozen_logits(net: nn.Module, x: Tensor) -> Tensor:

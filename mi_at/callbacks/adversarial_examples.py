@@ -75,12 +75,23 @@ class AdversarialExamples(Callback):
         """As in validation."""
         self._select(cast(TrainingRule, pl_module), batch)
 
-    def attack_of(self, rule: TrainingRule) -> Callable[[Objective, Tensor], Tensor]:
-        """(objective, x) -> x_adv with the run's own budget, for hooks outside a training step."""
+    def attack_of(self, rule: TrainingRule, epoch: int = 0) -> Callable[[Objective | Inner, Batch], Tensor]:
+        """The run's own attack for hooks outside a training step.
 
-        def attack(objective: Objective, x: Tensor) -> Tensor:
-            ids = torch.arange(len(x), device=x.device)
-            return craft(rule, x, Inner(objective), self.budget, ids=ids, seed=random.key(self.seed, "hook"))
+        Args:
+            rule: whose network is attacked.
+            epoch: epochs finished so far, which eps and the noise depend on.
+
+        Returns:
+            (objective, batch) -> x_adv of the batch's images.
+        """
+        budget = self._budget_at(rule, epoch)
+
+        def attack(objective: Objective | Inner, batch: Batch) -> Tensor:
+            inner = objective if isinstance(objective, Inner) else Inner(objective)
+            place = torch.arange(len(batch), device=batch.x.device) + batch.offset
+            seed = random.key(self.seed, "hook", epoch, batch.batch_idx)
+            return craft(rule, batch.x, inner, budget, ids=place, seed=seed)
 
         return attack
 

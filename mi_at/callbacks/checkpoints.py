@@ -131,39 +131,48 @@ class KeepEpochs(Checkpoint):
 class Preemption(Callback):
     """On SIGTERM or SIGUSR1 save `last.ckpt` after the step in progress and exit with status 143.
 
+    It leaves one hook later than it saves, so that what belongs to the step or the epoch is logged and done.
+
     Args:
-        last: the callback whose file is written.
+        last: the callback whose file is written; it saves the ends of epochs itself.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, last: Last) -> None:
         self.last = last
-        self._received = False
+        self._received = self._leaving = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen; in place of Lightning's own handlers, which it installs before and which communicate."""
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave, if the last epoch ended so."""
+        self._leave(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Leave, if the last step ended so."""
+        self._leave(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave, if a signal has come; processes agree every ten steps."""
-        if trainer.world_size > 1 and batch_idx % 10:
+        """Save, if a signal has come; processes agree every ten steps."""
+        if trainer.is_last_batch or (trainer.world_size > 1 and batch_idx % 10):  # an epoch's end is saved anyway
             return
-        leave = trainer.strategy.reduce_boolean_decision(self._received, all=False)
-        if leave and not trainer.is_last_batch:  # after the last batch of an epoch: once validation is done
-            self._leave(trainer)
+        if self._agreed(trainer):
+            trainer.save_checkpoint(self.last.path)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As after a step."""
-        if trainer.strategy.reduce_boolean_decision(self._received, all=False):
-            self._leave(trainer)
+        self._agreed(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop listening; before Lightning takes its own handlers back, or they would swallow later signals."""
         self._restore()
+        self._leave(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening."""
@@ -172,8 +181,13 @@ class Preemption(Callback):
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self._received = True
 
+    def _agreed(self, trainer: Trainer) -> bool:
+        self._leaving = trainer.strategy.reduce_boolean_decision(self._received, all=False)
+        return self._leaving
+
     def _leave(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.last.path)
+        if not self._leaving:
+            return
         if trainer.is_global_zero:
             print(f"preempted: saved {self.last.path}; continue with resume=true", flush=True)
         # Other ranks end quietly: Lightning kills the main process when a child fails.

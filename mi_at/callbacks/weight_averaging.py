@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import EMAWeightAveraging, WeightAveraging
-from torch import nn
+from pytorch_lightning.callbacks import WeightAveraging
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import get_ema_avg_fn, update_bn
 
 from mi_at.functional.distributed import world_size
 from mi_at.regularizers.base import TrainingRule
 
 
-class EMA(EMAWeightAveraging):
+class EMA(WeightAveraging):
     """Exponential moving average of weights and batch-norm statistics, updated after every step.
 
     Validation, the checkpoint's `state_dict` and the final evaluation use the averaged weights; training and its
@@ -25,17 +26,20 @@ class EMA(EMAWeightAveraging):
     Args:
         decay: tau in [0, 1).
         start_epoch: epochs of the paper before averaging starts.
+        warmup: in step t of averaging, min(tau, (1 + t) / (10 + t)) in place of tau: a short memory at first, so that
+            the first weights do not stay in the average for 1 / (1 - tau) steps.
 
     Raises:
         ValueError: a value out of range.
     """
 
-    def __init__(self, *, decay: float = 0.999, start_epoch: int = 0) -> None:
+    def __init__(self, *, decay: float = 0.999, start_epoch: int = 0, warmup: bool = False) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"callback.ema.decay={decay}: expected a factor in [0, 1)")
         if start_epoch < 0:
             raise ValueError(f"callback.ema.start_epoch={start_epoch}: expected 0 or more")
-        super().__init__(decay=decay, use_buffers=True, update_starting_at_step=0)
+        average = functools.partial(warming_average, decay) if warmup else get_ema_avg_fn(decay)
+        super().__init__(use_buffers=True, avg_fn=average)
         self.start_epoch = start_epoch
 
     def on_train_batch_end(
@@ -47,6 +51,27 @@ class EMA(EMAWeightAveraging):
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         _copy_integers(pl_module, self._average_model)
+
+
+def warming_average(decay: float, average: Tensor, value: Tensor, step: Tensor | int) -> Tensor:
+    """d average + (1 - d) value, where d = min(decay, (1 + t) / (10 + t)).
+
+    Args:
+        decay: tau in [0, 1).
+        average: [...] so far.
+        value: [...] of this step.
+        step: t, the values averaged before this one; [] integer, where a tensor.
+
+    Returns:
+        [...].
+
+    Example:
+        >>> warming_average(0.999, torch.zeros(1), torch.ones(1), 8)  # d = 9 / 18
+        tensor([0.5000])
+    """
+    # A tensor stays on its device: nothing waits for it.
+    factor = torch.as_tensor((1 + step) / (10 + step)).clamp_max(decay)
+    return factor * average + (1 - factor) * value
 
 
 class SWA(WeightAveraging):

@@ -24,6 +24,7 @@ from mi_at.data.loader import (
     SequentialLoader,
     extra_count,
 )
+from mi_at.data.seeding import keyed_generator
 from mi_at.functional import distributed
 
 SplitName = Literal["train", "test"]
@@ -287,20 +288,23 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._training_set()[1][1]
 
     def train_batches(
-        self, *, batch_size: int | None = None, augment: bool = False, epoch: int = 0
+        self, *, batch_size: int | None = None, augment: bool = False, epoch: int | None = None
     ) -> SequentialLoader:
         """One plain pass over the training images without extra ones, each process its share of every batch.
 
         Args:
             batch_size: of a global batch; None: that of training.
             augment: crop and flip as in training (with draws of its own), where the data set's options do.
-            epoch: key of these draws.
+            epoch: key of these draws and of a random order; None: the official order.
 
         Returns:
             A loader; every `iter()` of it is the same pass.
         """
         loader_augmentation = self.augmentation if augment else None
-        return self._pass("train", self.train_index, batch_size or self.batch_size, loader_augmentation, epoch)
+        index = self.train_index
+        if epoch is not None:  # files may be sorted by class, and a term over a batch wants all of them
+            index = index[torch.randperm(len(index), generator=keyed_generator(self.seed, "pass", epoch))]
+        return self._pass("train", index, batch_size or self.batch_size, loader_augmentation, epoch or 0)
 
     def draw_per_class(self, n: int, *, generator: torch.Generator, augment: bool = False) -> Batch:
         """Random training images (extra ones among them), n of every class, drawn with replacement.

@@ -44,6 +44,7 @@ class Defense(LightningModule):
         regularizers: added terms by name.
         optimisation: optimiser and schedule.
         inspect_every: steps between two readings of the terms' shares and of the non-finite note; 0: never.
+        context: epochs finished so far -> what regularizers' hooks may use.
         config: the run's resolved configuration as plain values; it travels in the checkpoint.
     """
 
@@ -58,7 +59,7 @@ class Defense(LightningModule):
         self.optimisation: Optimisation | None = None
         self.inspect_every = 50
         self.config: dict[str, Any] = {}
-        self.context: Callable[[], Context] | None = None
+        self.context: Callable[[int], Context] | None = None
         self.undo_before_hooks: list[Callable[[], None]] = []
         self.fit_started = False
         self._term_names: list[str] = []
@@ -236,7 +237,7 @@ class Defense(LightningModule):
             self.after_step(self._batch)
             if self.context is not None:
                 for term in self.added_terms().values():
-                    term.after_step(self.context(), self._batch)
+                    term.after_step(self.context(self.current_epoch), self._batch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Keep the batch for the hooks after the step."""
@@ -248,7 +249,7 @@ class Defense(LightningModule):
             metric.to(self.device)
         if not self.fit_started and self.context is not None:
             for term in self.added_terms().values():
-                term.on_fit_start(self.context())
+                term.on_fit_start(self.context(self.current_epoch))
         self.fit_started = True
 
     def on_train_epoch_end(self) -> None:
@@ -260,7 +261,7 @@ class Defense(LightningModule):
                 metric.reset()
         if self.context is not None:
             for term in self.added_terms().values():
-                term.on_epoch_end(self.context())
+                term.on_epoch_end(self.context(self.current_epoch + 1))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save a network whose loss was not finite; put the configuration and RNG states in."""

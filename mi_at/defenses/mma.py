@@ -114,8 +114,10 @@ class MMA(Defense):
             raise ValueError(f"defense.bisection_steps={bisection_steps}: expected 1 or more")
         if not 0 <= clean_weight <= 1:
             raise ValueError(f"defense.clean_weight={clean_weight}: expected a share in [0, 1]")
-        self.margins = torch.empty(0)  # last margin found of each training sample, by its index
+        self.margins = torch.empty(0)  # last margin found of each training sample, by its index; on the device
+        self._samples_known = False
         self._norm = "linf"
+        self._crossed = torch.empty(0)
 
     def adversaries(self, batch: Batch) -> dict[str, Objective | Inner]:
         """Cross-entropy at fixed eps, or the search for each sample's margin."""
@@ -136,46 +138,72 @@ class MMA(Defense):
         if self.variant == "simplified":
             return mma_simplified_loss(logits, logits_adv, views.y)
         distance = norm(views.images("adversarial") - views.images("clean"), self._norm)
-        margins = gather(distance, len(views.y))
+        # Where the search found no boundary, the point's distance is none of it: [0, 1] may have cut it short.
+        margins = gather(torch.where(self._crossed, distance, self.largest), len(views.y))
         self._remember(gather(views.batch.index, len(views.y)), margins.detach())
         within = margins < self.max_margin
         return mma_full_loss(logits, logits_adv, views.y, within, clean_weight=self.clean_weight)
 
+    @property
+    def largest(self) -> float:
+        """How far a search goes."""
+        return 1.05 * self.max_margin
+
+    def on_train_start(self) -> None:
+        """Room for all training samples at once, where their loader says how many there are."""
+        super().on_train_start()
+        store = getattr(self.trainer.train_dataloader, "store", None)
+        if store is not None:
+            self.expect(len(store))
+
+    def expect(self, samples: int) -> None:
+        """Announce that indices are below `samples`: then no step has to wait for the device to look at them."""
+        self._grow(samples)
+        self._samples_known = True
+
     def _search(self, slm: Objective, x: Tensor, index: Tensor, budget: InnerMaximisation, start: Start) -> Tensor:
         """The point where the soft logit margin changes sign on the way to an adversarial example (AN-PGD)."""
         self._norm = budget.norm
-        self._grow(int(index.max()) + 1)
-        radius = self.margins[index.to(self.margins.device)].to(x).clamp(self.min_margin, 1.05 * self.max_margin)
+        self._make_room(index)
+        self.margins = self.margins.to(x.device)
+        radius = self.margins[index].to(x).clamp(self.min_margin, self.largest)
         step_size = 2.5 * radius / max(budget.steps, 1)
+        if budget.norm == "linf":  # where [0, 1] ends, so does every step
+            radius, step_size = radius.clamp_max(1.0), step_size.clamp_max(1.0)
         delta = start(radius)
         x_adv = pgd(slm, x, eps=radius, step_size=step_size, steps=budget.steps, norm=budget.norm, init=delta)
         with torch.no_grad():
             right, crossed = slm(x) < 0, slm(x_adv) > 0
             direction = x_adv - x
             length = norm(direction, budget.norm).clamp_min(1e-12)
-            farthest = 1.05 * self.max_margin / length
-            low, high = torch.zeros_like(length), torch.where(crossed, torch.ones_like(length), farthest)
+            low, high = torch.zeros_like(length), torch.where(crossed, torch.ones_like(length), self.largest / length)
             for _ in range(self.bisection_steps):
                 middle = (low + high) / 2
                 beyond = slm((x + per_sample(middle, x) * direction).clamp(0, 1)) > 0
                 low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+                crossed = crossed | beyond
             boundary = (x + per_sample(high, x) * direction).clamp(0, 1)
+            self._crossed = crossed | ~right  # a wrong sample's margin is 0, where it is
             return torch.where(right.view(-1, *(1,) * (x.ndim - 1)), boundary, x)
+
+    def _make_room(self, index: Tensor) -> None:
+        if not self._samples_known:
+            self._grow(int(index.max()) + 1)
 
     def _grow(self, size: int) -> None:
         """Room for `size` samples; new ones start at the smallest radius."""
         if len(self.margins) < size:
-            more = torch.full((size - len(self.margins),), self.min_margin)
+            more = self.margins.new_full((size - len(self.margins),), self.min_margin)
             self.margins = torch.cat([self.margins, more])
 
     def _remember(self, index: Tensor, margins: Tensor) -> None:
-        self._grow(int(index.max()) + 1)
-        self.margins[index.cpu()] = margins.float().cpu()
+        self._make_room(index)
+        self.margins[index] = margins.float()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The margins travel with the rest of the state."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["mma_margins"] = self.margins.clone()
+        checkpoint["mma_margins"] = self.margins.to("cpu", copy=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the margins back."""

@@ -69,6 +69,70 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor, reduction: str = "mean") -
     return _reduce((log_p.exp() * (log_p - log_q)).sum(dim=1), reduction)
 
 
+def symmetrised_kl(mu: Tensor, sigma: Tensor, mu2: Tensor, sigma2: Tensor, reduction: str = "mean") -> Tensor:
+    """Mean of KL(p || q) and KL(q || p) of Gaussians with diagonal covariance (shared_info eq. 15-16, D_SKL).
+
+    Per dimension 1/4 [(s/s2 - s2/s)^2 + (m - m2)^2 (1/s^2 + 1/s2^2)], the logarithms of the two cancel; summed over
+    dimensions. Scaling all four arguments together changes nothing.
+
+    Args:
+        mu: [B, d] means of p.
+        sigma: [B, d] standard deviations of p, > 0.
+        mu2: [B, d] of q.
+        sigma2: [B, d] of q, > 0.
+        reduction: "mean" over the batch or "none" for one value per sample [B].
+
+    Returns:
+        Nats, non-negative; a scalar or [B]. Gradients flow through both sides.
+
+    Example:
+        >>> one, two = torch.ones(1, 3), 2 * torch.ones(1, 3)
+        >>> symmetrised_kl(one, one, two, one).item()  # unit shift in 3 dimensions: 3 / 2
+        1.5
+    """
+    spread = (sigma / sigma2 - sigma2 / sigma).square()
+    shift = ((mu - mu2) / sigma).square() + ((mu - mu2) / sigma2).square()
+    return _reduce((spread + shift).sum(dim=1) / 4, reduction)
+
+
+def symmetrised_kl_categorical(logits_p: Tensor, logits_q: Tensor, reduction: str = "mean") -> Tensor:
+    """Mean of KL(p || q) and KL(q || p) between softmax outputs (shared_info A.4: D_SKL on p(y|x)).
+
+    Args:
+        logits_p: [B, C] float.
+        logits_q: [B, C] float.
+        reduction: "mean" over the batch or "none" for one value per sample [B].
+
+    Returns:
+        Nats, non-negative; a scalar or [B]. Gradients flow through both sides.
+
+    Example:
+        >>> p, q = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+        >>> torch.equal(symmetrised_kl_categorical(p, q), kl_divergence(p, q))
+        True
+    """
+    log_p, log_q = F.log_softmax(logits_p, dim=1), F.log_softmax(logits_q, dim=1)
+    return _reduce(((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1) / 2, reduction)
+
+
+def kl_to_standard_normal(mu: Tensor, sigma: Tensor, reduction: str = "mean") -> Tensor:
+    """KL(N(mu, diag sigma^2) || N(0, I)), the rate of a variational bottleneck (Alemi et al. 2017 eq. 17).
+
+    Args:
+        mu: [B, d].
+        sigma: [B, d], > 0.
+        reduction: "mean" over the batch or "none" for one value per sample [B].
+
+    Returns:
+        Nats, non-negative, summed over dimensions; a scalar or [B].
+
+    Example:
+        >>> kl_to_standard_normal(torch.zeros(2, 5), torch.ones(2, 5)).item()
+        0.0
+    """
+    return _reduce((mu.square() + sigma.square() - 1 - 2 * sigma.log()).sum(dim=1) / 2, reduction)
+
+
 def _reduce(values: Tensor, reduction: str) -> Tensor:
     if reduction == "mean":
         return values.mean()

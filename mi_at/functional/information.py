@@ -105,8 +105,9 @@ def class_means(probs: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor
         (tensor([[0.0000, 0.0000],
                 [0.7500, 0.2500]]), tensor([0., 2.]))
     """
+    sums = class_sums(probs, labels, num_classes)
     counts = class_sums(torch.ones_like(probs[:, 0]), labels, num_classes)
-    return class_sums(probs, labels, num_classes) / counts.clamp_min(1).unsqueeze(1), counts
+    return sums / counts.clamp_min(1).unsqueeze(1), counts
 
 
 def conditional_mutual_information(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -167,7 +168,7 @@ def separation(
     log_probs = probs.clamp_min(LOG_FLOOR).log()
     sums = class_sums(probs, labels, num_classes)
     log_sums = class_sums(log_probs.detach() if detach_log else log_probs, labels, num_classes)
-    total = -((sums.sum(dim=0) - sums) * log_sums).sum()
+    total = ((sums - sums.sum(dim=0)) * log_sums).sum()
     if norm == "batch_sq":
         return total / len(probs) ** 2
     counts = class_sums(torch.ones_like(probs[:, 0]), labels, num_classes)

@@ -1,6 +1,6 @@
 """What every network offers: checks, normalisation first, named taps, `features()` and a linear head.
 
-A forward pass is `check -> normalize -> body -> head`. A network writes `body` and nothing else:
+A forward pass is `check -> normalize -> body -> latent -> head`. A network writes `body` and nothing else:
 
     class TwoLayers(Classifier):
         def __init__(self, *, num_classes, in_channels, image_size, mean=None, std=None):
@@ -21,6 +21,8 @@ Conventions that regularizers rely on:
   `features`, ...) sees the gated tensor, as IB-RAR's T_5 does; `last_conv` itself stays ungated, so that a
   masked channel can be scored and come back.
 * `features` is the penultimate layer, [B, D], D = `feature_dim`; the head is one `nn.Linear`.
+* `latent` is `nn.Identity()` in every network. `insert_latent` puts a stochastic layer there, adds its taps
+  (`latent_mean`, `latent_std`, `latent`) and replaces the head by one that reads z.
 * Some taps are one tensor under two names (VGG16's `fc2` is its `features`): `hidden_names` lists every
   hidden layer once, as IB-RAR and HBaR count them.
 """
@@ -32,6 +34,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from mi_at.models import latent as latents
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -176,7 +180,8 @@ class Classifier(nn.Module, abc.ABC):
     Attributes:
         normalize: first layer, `Normalize` or `nn.Identity`.
         last_conv_gate: `nn.Identity`, to be replaced by a channel mask (see the module's docstring).
-        head: `nn.Linear(feature_dim, num_classes)`.
+        latent: `nn.Identity`, or a stochastic layer between features and head (`insert_latent`).
+        head: `nn.Linear(feature_dim, num_classes)`, or of the latent's size.
         tap_names: names of all taps, input to output.
         hidden_names: the taps that are hidden layers, each layer once.
         feature_dim: D, size of the penultimate layer.
@@ -227,6 +232,7 @@ class Classifier(nn.Module, abc.ABC):
         if mean is not None and std is not None:
             self.normalize = Normalize(mean=mean, std=std, channels=self.in_channels)
         self.last_conv_gate: nn.Module = nn.Identity()
+        self.latent: nn.Module = nn.Identity()
 
     def finish(
         self,
@@ -250,6 +256,39 @@ class Classifier(nn.Module, abc.ABC):
         self.last_conv_channels = last_conv_channels
         self.head = nn.Linear(feature_dim, self.num_classes)
 
+    def insert_latent(
+        self, *, dim: int | None = None, std_offset: float = 0.0, test: str = "mean"
+    ) -> latents.StochasticLatent:
+        """Put a stochastic layer between features and head; a network that has the same one keeps it.
+
+        The new head is initialised as PyTorch does, also where the network's own starts at zero.
+
+        Args:
+            dim: size of z; None: `latent_size(feature_dim)`.
+            std_offset: see `StochasticLatent`.
+            test: "mean" or "sample" in eval mode.
+
+        Returns:
+            The layer, now `latent`.
+
+        Raises:
+            ValueError: an option out of range, or another stochastic layer is there already.
+        """
+        size = latents.latent_size(self.feature_dim) if dim is None else dim
+        layer = latents.StochasticLatent(self.feature_dim, size, std_offset=std_offset, test=test)
+        if isinstance(self.latent, latents.StochasticLatent):
+            if self.latent.extra_repr() != layer.extra_repr():
+                raise ValueError(
+                    f"{type(self).__name__} already has a stochastic latent ({self.latent.extra_repr()}), wanted "
+                    f"({layer.extra_repr()}): build the network anew"
+                )
+            return self.latent
+        self.latent = layer.to(self.head.weight)
+        self.head = nn.Linear(size, self.num_classes).to(self.head.weight)
+        self.tap_names = (*self.tap_names, *latents.TAPS)
+        self.hidden_names = (*self.hidden_names, "latent")
+        return layer
+
     @abc.abstractmethod
     def body(self, x: Tensor, taps: dict[str, Tensor] | None = None) -> Tensor:
         """Everything between normalisation and head.
@@ -270,7 +309,7 @@ class Classifier(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits: x [B, C, H, W] in [0, 1] -> [B, K]."""
-        logits: Tensor = self.head(self.features(x))
+        logits: Tensor = self.head(self.latent(self.features(x)))
         return logits
 
     def forward_taps(self, x: Tensor, names: Iterable[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -295,7 +334,9 @@ class Classifier(nn.Module, abc.ABC):
         self.check_input(x)
         taps = _Wanted(wanted)
         features = self.body(self.normalize(x), taps)
-        return self.head(features), {name: taps[name] for name in self.tap_names if name in taps}
+        stochastic = isinstance(self.latent, latents.StochasticLatent)
+        z = self.latent(features, taps) if stochastic else self.latent(features)
+        return self.head(z), {name: taps[name] for name in self.tap_names if name in taps}
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless x is a float tensor [B, in_channels, *image_size]; reads no values."""

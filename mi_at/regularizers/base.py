@@ -110,9 +110,9 @@ class Context:
         net: the classifier.
         epoch: epochs finished so far.
         scaled: a number of epochs of the paper -> of this run.
-        train_batches: (batch_size, augment) -> one pass over the training set.
+        train_batches: (batch_size, augment) -> one pass over the training set, in a random order of the epoch.
         draw_per_class: n -> a batch of n random training samples of each class.
-        attack: (objective, x) -> x_adv with the run's own attack budget.
+        attack: (objective, batch) -> x_adv of the batch's images, with the run's own attack budget.
     """
 
     net: nn.Module
@@ -120,7 +120,7 @@ class Context:
     scaled: Callable[[float], int]
     train_batches: Callable[[int, bool], Iterator[Batch]]
     draw_per_class: Callable[[int], Batch]
-    attack: Callable[[Objective, Tensor], Tensor]
+    attack: Callable[[Objective | Inner, Batch], Tensor]
 
 
 class Regularizer(nn.Module):

@@ -1,7 +1,7 @@
 """ncmi: a second adversary that widens the clusters of outputs; training narrows them and moves them apart.
 
 Paper: Enhancing adversarial robustness through robust information quantities (robust NCMI), eq. 20-41, Algorithm 1.
-Term: 1/|B| L_B = alpha mean D(f(x') || Q_y) - beta Gamma', at the x' = G(x) that maximises it jointly over the batch.
+Term: 1/|B| L_B = alpha mean D(f(x') || Q_y) - beta Gamma' at x' = G(x), which maximises it jointly over the batch.
 Q_y, the centroids, start as the mean clean output of each class and follow the updated network after every step:
 Q_y <- tau_q Q_y + (1 - tau_q) mean of f(x') over the class in the batch; a class that is not in it is left alone.
 
@@ -12,8 +12,8 @@ Differences from the paper:
   `both` ends at chance with a constant output);
 - logarithms are clamped at ln 1e-8;
 - `tau_q_warmup`, off: min(tau_q, (1 + t) / (10 + t)) for runs too short for tau_q's memory of 1,000 steps.
-Differences of the authors' code, each an option: separation as a mean over pairs (`separation_norm=pairs`), G against
-a detached log side (`attack_separation_grad=detached`) in train mode on batch statistics (`attack_mode=train_no_track`).
+Differences of the authors' code, each an option: separation as a mean over pairs (`separation_norm=pairs`), G with a
+detached log side (`attack_separation_grad=detached`) in train mode on batch statistics (`attack_mode=train_no_track`).
 Their centroid forward runs in train mode and moves batch norm's statistics; ours, as all of Q's, in eval mode.
 """
 
@@ -233,7 +233,8 @@ class NCMI(Regularizer):
         means, counts = class_means(probs, y, len(self.centroids))
         tau = torch.full_like(counts[0], self.tau_q)
         if self.tau_q_warmup:
-            tau = torch.minimum(tau, (1 + self.updates) / (10 + self.updates))
+            t = self.updates.double()
+            tau = torch.minimum(tau, (1 + t) / (10 + t))
         moved = tau * self.centroids + (1 - tau) * means
         self.centroids.copy_(torch.where(counts.unsqueeze(1) > 0, moved, self.centroids))
         self.updates += 1

@@ -15,7 +15,7 @@ import io
 import netrc
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -197,6 +197,27 @@ def finish(loggers: Iterable[Logger], *, failed: bool = False) -> None:
         logger.finalize("failed" if failed else "success")
         if isinstance(logger, WandbRun):
             logger.finish(failed=failed)
+
+
+@contextlib.contextmanager
+def ended_on_failure(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Whatever fails in this block, an interrupt too, ends the loggers as failed; else they stay open.
+
+    Args:
+        loggers: of the run.
+
+    Example:
+        >>> with ended_on_failure([]):
+        ...     raise KeyError("no such attack")
+        Traceback (most recent call last):
+        KeyError: 'no such attack'
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # what failed first is what is told
+            finish(loggers, failed=True)
+        raise
 
 
 def _rows(record: Record) -> list[list[Any]]:

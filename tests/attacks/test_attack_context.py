@@ -201,3 +201,26 @@ def test_images_and_targets_may_come_out_of_an_inference_loop(name):
             for made in (objective(target), made_before):
                 got = pgd(made, x, eps=0.1, step_size=0.05, steps=3, init="zero")
                 assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
+def test_train_no_track_leaves_tracking_instance_norms_too(norm):
+    """They update what they hold even with track_running_stats switched off."""
+    net = norm(2, affine=True, track_running_stats=True)
+    shape = (3, 2, *(2,) * {"1": 1, "2": 2, "3": 3}[norm.__name__[-2]])
+    x = 5.0 + torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        net(x)  # statistics of their own, other than at the start
+    before, in_eval = {k: v.clone() for k, v in net.state_dict().items()}, net.eval()(x).detach()
+    with attacking(net, "train_no_track"), torch.no_grad():
+        for _ in range(3):
+            out = net(x)
+        assert abs(float(out.mean())) < 1e-4, "the batch's own statistics"
+        with attacking(net, "eval"), torch.no_grad():
+            assert torch.equal(net(x), in_eval), "the running ones, also inside"
+        with pytest.raises(ValueError, match="expected"):
+            net(torch.zeros(()))
+    assert same(dict(net.state_dict()), before)
+    assert net.track_running_stats
+    net.train()(x)
+    assert not torch.equal(net.running_mean, before["running_mean"]), "afterwards they are tracked again"

@@ -80,8 +80,21 @@ def test_the_distance_of_representations_is_the_sum_of_squares():
     here, there = (NET.forward_taps(x)[1]["hidden"].detach() for x in (X, OTHER))
     objective = objectives.representation_distance(NET, "hidden", there)
     expected = [sum((float(a) - float(b)) ** 2 for a, b in zip(here[i], there[i], strict=True)) for i in range(4)]
-    torch.testing.assert_close(objective(X).detach().double(), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(objective(X).detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
     assert float(objective(OTHER).detach().abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_distance_of_representations_is_in_float32_or_better(dtype):
+    class Coarse(Tapped):
+        def forward_taps(self, x, names=None):
+            logits, taps = super().forward_taps(x, names)
+            return logits, {name: tap.to(dtype) for name, tap in taps.items()}
+
+    values = objectives.representation_distance(Coarse(), "hidden", torch.zeros(4, 5, dtype=dtype))(X)
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = NET.forward_taps(X)[1]["hidden"].to(dtype).double().square().sum(dim=1)
+    torch.testing.assert_close(values.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_maximising_the_negated_distance_approaches_the_target():

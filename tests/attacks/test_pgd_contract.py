@@ -1,6 +1,7 @@
 """What every call of pgd and fgsm guarantees: budget, range, purity, reproducible starts, clear refusals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from mi_at.attacks import objectives
 from mi_at.attacks.fgsm import fgsm
-from mi_at.attacks.pgd import pgd
+from mi_at.attacks.inner import InnerMaximisation, check_eps, check_step
+from mi_at.attacks.pgd import PGD, pgd
 
 INITS = ["uniform", "gaussian", "zero", "tensor"]
 NORMS = ["linf", "l2"]
@@ -258,6 +260,19 @@ GOOD = {"eps": 0.1, "step_size": 0.05, "steps": 2}
         ({"step_size": -0.0625}, "-0.0625"),
         ({"step_size": float("nan")}, "nan"),
         ({"step_size": float("inf")}, "inf"),
+        ({"step_size": 8}, r"attack.step_size=8: pixels are in \[0, 1\]; did you mean 8/255\?"),
+        ({"eps": torch.tensor([0.1, -0.125])}, "attack.eps=-0.125"),
+        ({"eps": torch.tensor([float("nan"), 0.1])}, "attack.eps=nan"),
+        ({"eps": torch.tensor([0.1, float("inf")])}, "attack.eps=inf"),
+        ({"eps": torch.tensor([0.1, 8.0])}, "attack.eps=8.0: .* did you mean 8.0/255"),
+        ({"eps": torch.tensor(0.1)}, r"attack.eps of shape \[\]: expected a number, or one per sample \[2\]"),
+        ({"eps": torch.full((3,), 0.1)}, r"attack.eps of shape \[3\]: .* \[2\]"),
+        ({"eps": torch.full((2, 1, 1, 1), 0.1)}, r"attack.eps of shape \[2, 1, 1, 1\]"),
+        ({"step_size": torch.tensor([0.1, 0.0])}, "attack.step_size=0.0"),
+        ({"step_size": torch.tensor([0.1, -0.125])}, "attack.step_size=-0.125"),
+        ({"step_size": torch.tensor([float("nan"), 0.1])}, "attack.step_size=nan"),
+        ({"step_size": torch.tensor([0.1, 2.0])}, "attack.step_size=2.0: .* did you mean 2.0/255"),
+        ({"step_size": torch.full((1,), 0.1)}, r"attack.step_size of shape \[1\]: .* \[2\]"),
         ({"steps": -3}, "-3"),
         ({"norm": "l1"}, "l1"),
         ({"init": "sobol"}, "sobol"),
@@ -269,7 +284,7 @@ def test_invalid_arguments_are_named(change, named):
     x, _ = images(2)
     with pytest.raises(ValueError, match=named):
         pgd(total, x, **{**GOOD, **change})
-    if set(change) <= {"eps", "norm"}:
+    if set(change) <= {"eps", "norm"} and not isinstance(change.get("eps"), torch.Tensor):
         with pytest.raises(ValueError, match=named):
             fgsm(total, x, **{"eps": 0.1, **change})
 
@@ -297,3 +312,55 @@ def test_a_start_of_another_shape_is_refused():
     x, _ = images(4)
     with pytest.raises((ValueError, RuntimeError)):
         pgd(total, x, **GOOD, init=torch.zeros(3, 3, 3, 3))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_radii_per_sample_are_those_of_a_batch_each(norm):
+    x, y = images(3, torch.float64)
+    net = network(torch.float64)
+    eps, step = torch.tensor([0.0, 0.1, 0.3], dtype=x.dtype), torch.tensor([0.05, 0.02, 0.1], dtype=x.dtype)
+    start = 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    together = pgd(objectives.cross_entropy(net, y), x, eps=eps, step_size=step, steps=3, norm=norm, init=start)
+    for i in range(3):
+        own, sizes = slice(i, i + 1), {"eps": float(eps[i]), "step_size": float(step[i])}
+        alone = pgd(objectives.cross_entropy(net, y[own]), x[own], **sizes, steps=3, norm=norm, init=start[own])
+        torch.testing.assert_close(together[own], alone, rtol=0, atol=1e-12)
+
+
+def test_values_per_sample_on_an_accelerator_are_not_looked_at():
+    """There it would wait for the device; the shape is known to the host."""
+    values = torch.full((3,), -1.0, device="meta")
+    assert check_eps(values, "linf", 3) is values
+    assert check_step(values, 2, "linf", 3) is values
+    for wrong in (lambda: check_eps(values, "linf", 2), lambda: check_step(values, 2, "linf", 2)):
+        with pytest.raises(ValueError, match=r"of shape \[3\]: expected a number, or one per sample \[2\]"):
+            wrong()
+
+
+def test_an_empty_batch_has_no_radii():
+    x = torch.zeros(0, 1, 2, 2)
+    assert pgd(total, x, eps=torch.zeros(0), step_size=torch.zeros(0), steps=1, init="zero").shape == x.shape
+
+
+BUDGETS = {"attack": InnerMaximisation, "evaluation": PGD}
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_an_l2_step_may_be_long_but_not_longer_than_the_ball_is_wide(kind):
+    """A length grows with the number of pixels, so that only eps says what is too long."""
+    make = BUDGETS[kind]
+    assert make(norm="l2", eps=3.0, step_size=1.5, steps=10).step_size == 1.5
+    assert make(norm="l2", eps=3.0, step_size=6.0, steps=10).step_size == 6.0
+    assert make(norm="l2", eps=0.1, step_size=1.0, steps=10).step_size == 1.0
+    assert make(norm="l2", eps=0.0, step_size=15, steps=10).step_size == 15
+    with pytest.raises(ValueError, match=r"attack.step_size=15: the l2 ball of .*=0.501961 .* did you mean 15/255\?"):
+        make(norm="l2", eps="128/255", step_size=15, steps=20)
+    for step in (8, 1.001):
+        with pytest.raises(ValueError, match=rf"attack.step_size={step}: pixels .* did you mean {step}/255\?"):
+            make(norm="linf", eps="8/255", step_size=step, steps=10)
+    assert make(norm="linf", eps=1.0, step_size=1, steps=1).step_size == 1.0
+
+
+def test_a_radius_that_grows_may_be_shorter_than_its_step():
+    budget = InnerMaximisation(norm="l2", eps=3.0, step_size=1.5, steps=10, warmup_epochs=5)
+    assert replace(budget, eps=budget.eps_at(0.1)).eps == pytest.approx(0.06)

@@ -59,6 +59,17 @@ def module(
     return (defense or StandardAT()).attach(net, optimisation=SGD(lr=0.1, epochs=epochs, schedule="constant"))
 
 
+class Loaded(LightningDataModule):
+    """Hands out one training loader, and nothing to validate on."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+
 def fit(
     folder: Path,
     callbacks: Sequence[Callback],

@@ -316,8 +316,8 @@ def test_a_method_with_a_search_of_its_own() -> None:
 
 def test_the_attack_of_hooks_and_its_time() -> None:
     module, callback, batch = fits.module(), fits.attack(EPS, steps=3), global_batch()
-    attacked = callback.attack_of(module)(lambda x: x.flatten(1).sum(dim=1), batch.x)
-    assert torch.equal(attacked, callback.attack_of(module)(lambda x: x.flatten(1).sum(dim=1), batch.x))
+    attacked = callback.attack_of(module)(lambda x: x.flatten(1).sum(dim=1), batch)
+    assert torch.equal(attacked, callback.attack_of(module)(lambda x: x.flatten(1).sum(dim=1), batch))
     assert (attacked - batch.x).mean() > EPS / 2
     assert callback.take_seconds() == 0, "outside training steps nothing is counted"
     callback.on_train_batch_start(at(), module, batch, 0)

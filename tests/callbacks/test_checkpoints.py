@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import os
 import pickle
 import resource
@@ -15,9 +17,13 @@ import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from mi_at import io
 from mi_at.callbacks.checkpoints import INTERRUPTED, AtomicCheckpointIO, Best, KeepEpochs, Last, Preemption
+from mi_at.data.loader import DeviceLoader, ImageStore
 from mi_at.defenses.standard_at import StandardAT
 from mi_at.optim import SGD
+from mi_at.regularizers.base import Context, Regularizer, Views
+from mi_at.results import loggers
 from tests.callbacks import fits
 
 
@@ -198,7 +204,11 @@ class Signals(Callback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize(("step", "saved"), [(1, 2), (3, 4)], ids=["in an epoch", "in the last step of an epoch"])
+@pytest.mark.parametrize(
+    ("step", "saved"),
+    [(1, 2), (3, 4), (11, 12)],
+    ids=["in an epoch", "in the last step of an epoch", "in the last step"],
+)
 def test_a_signal_saves_and_ends_the_process(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, step: int, saved: int
 ) -> None:
@@ -216,6 +226,107 @@ def test_a_signal_saves_and_ends_the_process(
         signal.signal(number, before)
     assert load(tmp_path / "last.ckpt")["global_step"] == saved
     assert "continue with resume=true" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("step", "saved"), [(1, 2), (3, 4), (5, 6)])
+def test_what_belongs_to_the_last_step_is_logged_and_done_before_leaving(tmp_path: Path, step: int, saved: int) -> None:
+    """A resumed run takes neither again: rows of metrics, and what terms do at the end of an epoch."""
+
+    class Counts(Regularizer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.epochs: torch.Tensor
+            self.register_buffer("epochs", torch.zeros((), dtype=torch.long))
+
+        def terms(self, views: Views) -> dict[str, torch.Tensor]:
+            return {"counts": views.logits("clean").sum() * 0}
+
+        def on_epoch_end(self, ctx: Context) -> None:
+            self.epochs += 1
+
+    def fit(folder: Path, *callbacks: Callback) -> dict[str, dict[str, str]]:
+        module = fits.module()
+        module.attach(module.net, optimisation=module.optimisation, regularizers={"counts": Counts()})
+        module.context = lambda _: None  # type: ignore[assignment]
+        last, options = Last(folder, every_n_steps=0), {"log_every_n_steps": 1}
+        files = [loggers.csv(folder=folder)]
+        with contextlib.suppress(SystemExit):
+            fits.fit(
+                folder,
+                [*callbacks, Preemption(last), last],
+                epochs=3,
+                train=4,
+                val=1,
+                loggers=files,
+                defense=module,
+                options=options,
+            )
+        with (folder / "metrics.csv").open(newline="") as file:
+            return {row["step"]: {name: row[name] for name in row if row[name]} for row in csv.DictReader(file)}
+
+    whole, preempted = fit(tmp_path / "whole"), fit(tmp_path / "preempted", Signals(signal.SIGTERM, step))
+    assert preempted == {number: row for number, row in whole.items() if int(number) < saved}
+    assert len(preempted) == saved
+    state = load(tmp_path / "preempted/last.ckpt")["state_dict"]
+    assert state["regularizers.counts.epochs"] == saved // 4
+
+
+def test_finished_epochs_are_counted(tmp_path: Path) -> None:
+    """Not the one that is running."""
+    seen: dict[str, list[tuple[int, int]]] = {}
+
+    class Read(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+            for path in tmp_path.glob("*.ckpt"):
+                counted = io.read_checkpoint(path)
+                pair = (counted.step, counted.epoch)
+                if pair not in seen.setdefault(path.stem, []):
+                    seen[path.stem].append(pair)
+
+    module = fits.module(defense=Told(10.0, 20.0, 30.0))
+    module.config = {part: {} for part in ("model", "dataset", "defense", "regularizer")}
+    savers = [Best(tmp_path), KeepEpochs(tmp_path, [1, 2]), Last(tmp_path, every_n_steps=2)]
+    trainer = fits.fit(tmp_path, [Read(), *savers], epochs=3, train=4, val=1, defense=module)
+    assert seen == {
+        "last": [(2, 0), (4, 1), (6, 1), (8, 2), (10, 2)],
+        "best": [(4, 1), (8, 2)],
+        "epoch_001": [(4, 1)],
+        "epoch_002": [(8, 2)],
+    }
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    for name in ("last", "best", "after"):
+        assert io.read_checkpoint(tmp_path / f"{name}.ckpt").epoch == 3
+    cut = fits.module(defense=Told(10.0, 20.0, 30.0))
+    cut.config = module.config
+    fits.fit(tmp_path / "cut", [Last(tmp_path / "cut")], train=4, val=1, defense=cut, options={"max_steps": 6})
+    assert io.read_checkpoint(tmp_path / "cut/last.ckpt").epoch == 1, "the second was not finished"
+
+
+def test_finished_epochs_of_a_resumed_run(tmp_path: Path) -> None:
+    """Resumed at the end of an epoch, then in the middle of one."""
+    seen = []
+
+    class Read(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+            seen.append(io.read_checkpoint(tmp_path / "last.ckpt").epoch)
+
+    for step in (3, 5, None):
+        module, last = fits.module(), Last(tmp_path, every_n_steps=1)
+        module.config = {part: {} for part in ("model", "dataset", "defense", "regularizer")}
+        ckpt = tmp_path / "last.ckpt" if last.path.is_file() else None
+        stop = [Signals(signal.SIGTERM, step)] if step else []
+        with contextlib.suppress(SystemExit):
+            callbacks = [*([Read()] if ckpt else []), *stop, Preemption(last), last]
+            fits.fit(tmp_path, callbacks, val=0, defense=module, ckpt=ckpt, data=fits.Loaded(resumable(24)))
+    assert seen == [1, 1, 1, 1, 1, 2, 2, 2, 2]  # a preempted one begins a last batch
+    assert io.read_checkpoint(tmp_path / "last.ckpt").epoch == 3
+
+
+def resumable(images: int) -> DeviceLoader:
+    """The project's loader, 6 images a batch, which keeps its place."""
+    pixels = torch.randint(0, 256, (images, 1, fits.SIDE, fits.SIDE), dtype=torch.uint8)
+    store = ImageStore([(pixels, torch.arange(images) % fits.CLASSES)])
+    return DeviceLoader(store, torch.arange(images), batch_size=6, seed=0)
 
 
 def test_without_a_signal_nothing_happens(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from mi_at.callbacks.checkpoints import Best, Last
-from mi_at.callbacks.weight_averaging import EMA, SWA
+from mi_at.callbacks.weight_averaging import EMA, SWA, warming_average
 from mi_at.data.digits import Digits
 from mi_at.defenses.base import Defense
 from mi_at.defenses.standard_at import StandardAT
@@ -85,13 +85,16 @@ def assert_close(found: State, expected: State, *, exactly: tuple[str, ...] = ()
         torch.testing.assert_close(found[name], value, rtol=0, atol=0 if exact else 1e-6, msg=name)
 
 
-def ema_by_hand(steps: list[State], decay: float, start: int) -> list[State]:
+def ema_by_hand(steps: list[State], decay: float, start: int, *, warmup: bool = False) -> list[State]:
     """m_t = decay m_(t-1) + (1 - decay) w_t from the first step after the start, before it a copy; counters copied."""
+    asked = decay
     averages: list[State] = []
     for number, state in enumerate(steps):
         if number <= start:
             averages.append(state)
             continue
+        t = number - start
+        decay = min(asked, (1 + t) / (10 + t)) if warmup else asked
         averages.append(
             {
                 name: decay * averages[-1][name] + (1 - decay) * value if value.is_floating_point() else value
@@ -117,6 +120,31 @@ def test_ema(tmp_path: Path, start_epoch: int) -> None:
     assert_close(trained, raw.steps[best["global_step"] - 1])
     # after the fit the module holds what is served
     assert_close(module.net.state_dict(), averages[-1])
+
+
+@pytest.mark.parametrize("start_epoch", [0, 2])
+def test_ema_with_a_memory_that_grows(tmp_path: Path, start_epoch: int) -> None:
+    """Over 11 steps (1 + t) / (10 + t) goes from 2 / 11 to 12 / 21, and passes 0.5 at the eighth."""
+    raw, module = fit(tmp_path, EMA(decay=0.5, start_epoch=start_epoch, warmup=True))
+    averages = ema_by_hand(raw.steps, 0.5, start_epoch * STEPS, warmup=True)
+    assert_close(served(tmp_path, "last"), averages[-1])
+    for epoch, seen in enumerate(raw.validated):
+        assert_close(seen, averages[(epoch + 1) * STEPS - 1])
+    assert_close(module.net.state_dict(), averages[-1])
+    plain = ema_by_hand(raw.steps, 0.5, start_epoch * STEPS)[-1]
+    assert any((plain[name] - averages[-1][name]).abs().max() > 1e-4 for name in plain if plain[name].ndim > 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "decay"), [(1, 2 / 11), (8, 0.5), (10, 11 / 20), (11, 12 / 21), (12, 0.58), (99, 0.58)]
+)
+def test_the_memory_grows_to_tau(step: int, decay: float) -> None:
+    for t in (step, torch.tensor(step)):
+        found = warming_average(0.58, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), t)
+        torch.testing.assert_close(found, torch.tensor([decay, 1 - decay]))
+        assert found.dtype == torch.float32
+        half = warming_average(0.58, torch.ones(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16), t)
+        assert half.dtype == torch.bfloat16
 
 
 def test_ema_does_not_disturb_training(tmp_path: Path) -> None:

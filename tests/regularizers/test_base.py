@@ -42,7 +42,7 @@ class Noting(Regularizer):
     def on_fit_start(self, ctx: Context) -> None:
         images = sum(len(batch) for batch in ctx.train_batches(4, False))
         drawn = ctx.draw_per_class(2)
-        attacked = ctx.attack(lambda x: ctx.net(x).sum(dim=1), drawn.x)
+        attacked = ctx.attack(lambda x: ctx.net(x).sum(dim=1), drawn)
         self.calls.append(("start", images, drawn.y.tolist(), bool((attacked != drawn.x).any())))
 
     def after_step(self, ctx: Context, batch: Batch) -> None:
@@ -62,9 +62,9 @@ def fit(folder: Path, regularizer: Noting, *, epochs: int = EPOCHS, ckpt: Path |
     optimisation = SGD(lr=0.1, epochs=EPOCHS, schedule="constant")
     module.attach(net, optimisation=optimisation, regularizers={"noting": regularizer})
     examples = fits.attack()
-    module.context = lambda: Context(
+    module.context = lambda epoch: Context(
         net=net,
-        epoch=module.current_epoch,
+        epoch=epoch,
         scaled=round,
         train_batches=lambda size, augment: iter(fits.batches(2, size)),
         draw_per_class=lambda n: Batch(
@@ -91,7 +91,7 @@ def test_hooks_are_called_when_they_should(tmp_path: Path) -> None:
     regularizer = Noting()
     module = fit(tmp_path, regularizer)
     start = ("start", 8, [0, 0, 1, 1, 2, 2], True)
-    assert regularizer.calls == [start, *["step"] * STEPS, ("epoch", 0), *["step"] * STEPS, ("epoch", 1)]
+    assert regularizer.calls == [start, *["step"] * STEPS, ("epoch", 1), *["step"] * STEPS, ("epoch", 2)]
     assert module.trainer.global_step == EPOCHS * STEPS
 
 
@@ -100,7 +100,7 @@ def test_its_state_travels_in_the_checkpoint_and_the_start_is_not_repeated(tmp_p
     fit(tmp_path / "whole", whole)
     fit(tmp_path / "half", first, epochs=1)
     fit(tmp_path / "half", second, ckpt=tmp_path / "half/last.ckpt")
-    assert second.calls == [*["step"] * STEPS, ("epoch", 1)]
+    assert second.calls == [*["step"] * STEPS, ("epoch", 2)]
     assert int(second.count) == int(whole.count) == EPOCHS * STEPS
     assert torch.equal(second.centroid, whole.centroid)
     states = [torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("whole", "half")]

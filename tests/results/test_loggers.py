@@ -87,9 +87,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def comparable(table: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Without times, and without the training accuracies, which begin anew where a run was resumed."""
-    left_out = ("speed/", "train/clean", "train/robust")
-    return [{name: value for name, value in row.items() if not name.startswith(left_out)} for row in table]
+    """Without times."""
+    return [{name: value for name, value in row.items() if not name.startswith("speed/")} for row in table]
 
 
 class Killed(Callback):
@@ -344,6 +343,30 @@ def test_a_failed_fit_ends_the_run(tmp_path: Path) -> None:
     (run,) = offline_runs(tmp_path)
     assert run.finished == 1
     assert logger.place == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_failed_evaluation_ends_the_run(tmp_path: Path, error: BaseException) -> None:
+    """A fit leaves the run open, for the evaluation's results."""
+    logger = loggers.wandb(folder=tmp_path, key="k", config_hash="h", project="p")
+    with loggers.ended_on_failure([logger]):
+        fits.fit(tmp_path, [], epochs=1, loggers=[logger])
+    assert logger.place, "open"
+    with pytest.raises(type(error)) as caught, loggers.ended_on_failure([logger]):
+        raise error
+    assert caught.value is error
+    (run,) = offline_runs(tmp_path)
+    assert run.finished == 1
+    assert logger.place == ""
+
+
+def test_what_failed_first_is_what_is_told() -> None:
+    class Broken(loggers.MetricsFile):
+        def finalize(self, status: str) -> None:
+            raise OSError(f"no space left to say {status}")
+
+    with pytest.raises(ValueError, match="the evaluation"), loggers.ended_on_failure([Broken("nowhere")]):
+        raise ValueError("the evaluation")
 
 
 class Fails(Callback):

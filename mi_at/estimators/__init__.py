@@ -1,0 +1,1 @@
+"""Critics that estimate mutual information, and the gradient estimator that needs none."""
