@@ -31,7 +31,11 @@ EXPECTED: tuple[Check, ...] = (
     ("optim.epochs", lambda v: whole(v) and v > 0, "1 or more"),
     (
         "trainer.devices",
-        lambda v: v == "auto" or isinstance(v, list) or (whole(v) and (v > 0 or v == -1)),
+        lambda v: (
+            v == "auto"
+            or (isinstance(v, list) and all(whole(d) and d >= 0 for d in v))
+            or (whole(v) and (v > 0 or v == -1))
+        ),
         "a number of devices, a list of them, -1 for all, or auto",
     ),
     ("trainer.accumulate_grad_batches", lambda v: whole(v) and v > 0, "1 or more"),

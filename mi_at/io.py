@@ -25,10 +25,10 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from mi_at.data import CUSTOMARY_KEYS
 from mi_at.data.base import ImageDataModule
@@ -128,8 +128,10 @@ def recipe_keys(recipe: str) -> list[str]:
 
 
 def options_of(group: str, name: str) -> list[str]:
-    """Keys of a group's file, such as those of conf/optim/adam.yaml."""
-    return [str(key) for key in OmegaConf.load(Path(conf_dir()) / group / f"{name}.yaml")]
+    """Keys of a group's file, such as conf/optim/adam.yaml, those of the files it includes among them."""
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / group / f"{name}.yaml"))
+    included = [other for other in node.pop("defaults", []) if other != "_self_"]
+    return [*(key for other in included for key in options_of(group, other)), *node]
 
 
 def register_resolvers() -> None:
@@ -162,8 +164,11 @@ def build(where: str, node: Mapping[str, Any]) -> Any:
     if hidden := [key for key, value in node.items() if _has_target(value)]:
         raise ValueError(f"{where}.{hidden[0]} has a _target_ of its own: expected plain values")
     given = {key: value for key, value in node.items() if key != "_target_"}
-    accepted = inspect.signature(target).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    try:
+        accepted = dict(inspect.signature(target).parameters)
+    except ValueError:  # some of Python's own have none
+        accepted = {}
+    takes_any = not accepted or any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     if unknown := [key for key in given if key not in accepted and not takes_any]:
         raise ValueError(
             f"{where}.{unknown[0]}: expected one of {', '.join(accepted)}{_guess(unknown[0], list(accepted))}"
@@ -243,8 +248,11 @@ def build_net(model: Mapping[str, Any]) -> nn.Module:
 
 def _lazy_layers(net: nn.Module) -> list[str]:
     """Layers that do not know their size before a forward, such as nn.LazyLinear."""
-    layers = ((name, module) for name, module in net.named_modules() if isinstance(module, LazyModuleMixin))
-    return [f"{name} ({type(module).__name__})" for name, module in layers if module.has_uninitialized_params()]
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in net.named_modules()
+        if any(is_lazy(value) for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    ]
 
 
 def _initialise(net: nn.Module, model: Mapping[str, Any]) -> None:
@@ -352,21 +360,24 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             warnings.simplefilter("ignore")  # about the protocol of a pickle that is then refused
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {path} contains pickled code or objects and is refused ({reason}); use one that mi_at wrote"
+            f"checkpoint {path} contains pickled code or objects and is refused; use one that mi_at wrote"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a text file, a half-written one: torch has no common word for what it cannot read
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use another one") from error
-    if not isinstance(raw, dict) or "mi_at" not in raw or "state_dict" not in raw:
-        raise CheckpointError(f"checkpoint {path} was not written by mi_at: it carries no configuration")
+    if not isinstance(raw, dict) or "mi_at" not in raw or not isinstance(raw.get("state_dict"), dict):
+        raise CheckpointError(f"checkpoint {path} was not written by mi_at: it carries no weights with a configuration")
     config = raw["mi_at"].get("config") if isinstance(raw["mi_at"], dict) else None
     parts = ("model", "dataset", "defense", "regularizer")
     if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in parts):
         raise CheckpointError(f"checkpoint {path} carries no whole configuration: expected {', '.join(parts)}")
     prefix = "net."
     state = {name.removeprefix(prefix): value for name, value in raw["state_dict"].items() if name.startswith(prefix)}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or (value.is_floating_point() and not value.isfinite().all()):
+            found = "a value that is not finite" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise CheckpointError(f"checkpoint {path} has {found} among the weights {name}; use an earlier one")
     return Checkpoint(path, config, state, _finished_epochs(raw), int(raw.get("global_step", 0)))
 
 
@@ -435,6 +446,7 @@ def quiet() -> None:
     for text in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*does not have many workers.*",
+        ".*recommended to use .*sync_dist=True.*",  # every process logs the metric of all of them
         ".*is smaller than the logging interval.*",
         ".*exists and is not empty.*",
         ".*Total length of `list` across ranks is zero.*",  # dataset.val_size=0
@@ -496,6 +508,8 @@ def explain(error: BaseException) -> str:
         known, where = sorted(str(key) for key in error.parent_node), str(error.full_key).rpartition(".")[0]
         guess = _guess(str(error.key), known)
         return f"unknown key {error.full_key}: {where or 'the configuration'} has {', '.join(known)}{guess}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given: {error.full_key}=<path>"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).strip("/").rpartition("/")
         known = sorted(path.stem for path in (Path(conf_dir()) / group).glob("[!_]*.yaml"))

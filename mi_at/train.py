@@ -196,9 +196,9 @@ def fit(
             inference_mode=False,
             enable_model_summary=False,
         )
-    except (TypeError, ModuleNotFoundError) as error:  # Lightning's answer to a value of the wrong kind
+    except TypeError as error:  # Lightning's answer to a value of the wrong kind
         raise ValueError(f"trainer: {error}") from error
-    run.make(config)
+    run.make(config, alone=first_process())
     adversarial_examples = next(callback for callback in callbacks if isinstance(callback, AdversarialExamples))
     defense.context = lambda epoch: Context(
         net=defense.net,

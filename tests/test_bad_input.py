@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pickle
@@ -97,6 +98,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "trainer.limit_train_batches=few": ("trainer.limit_train_batches=few", "a number of batches"),
     "trainer.limit_val_batches=few": ("trainer.limit_val_batches=few", "a number of batches"),
     "trainer.check_val_every_n_epoch=0": ("trainer.check_val_every_n_epoch=0", "1 or more"),
+    "trainer.devices=[a]": ("trainer.devices=['a']", "a list of them"),
     "trainer.num_nodes=two": ("trainer.num_nodes=two", "1 or more"),
     "trainer.accelerator=tpu": ("trainer.accelerator=tpu", "auto, cpu or gpu"),
     "trainer.compile=perhaps": ("trainer.compile=perhaps", "true or false"),
@@ -159,8 +161,8 @@ def test_refused_before_training(tmp_path: Path, overrides: str) -> None:
     assert list(tmp_path.iterdir()) == [], "no run folder was made"
 
 
-def test_a_missing_part_of_torch_is_one_message_too(tmp_path: Path) -> None:
-    refused(command(tmp_path, *tiny("trainer.accelerator=tpu")), "trainer: ", "torch_xla")
+def test_a_missing_package_is_one_message_too(tmp_path: Path) -> None:
+    refused(command(tmp_path, *tiny("trainer.strategy=deepspeed")), "deepspeed")
 
 
 def test_the_whole_story_on_request(tmp_path: Path) -> None:
@@ -273,6 +275,27 @@ def test_a_run_folder_of_another_configuration(trained: Path) -> None:
     refused(command(trained, *tiny("run_dir=run", "defense.beta=2")), "run holds a run of another", "another run_dir=")
     refused(command(trained, *tiny("run_dir=.")), "holds no run of mi_at", "another run_dir=")
     assert {path: path.stat().st_mtime_ns for path in (trained / "run").rglob("*")} == before
+
+
+def test_a_run_folder_in_which_another_process_trains(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    (run / "trained.json").unlink()
+    handle = os.open(run, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        done = command(tmp_path, *tiny("run_dir=run", "resume=true"))
+    finally:
+        os.close(handle)
+    assert done.code == 1
+    assert f"another process is training in {run}" in done.err
+    assert command(tmp_path, *tiny("run_dir=run", "resume=true")).code == 0, "nothing is left behind"
+
+
+def test_a_record_that_cannot_be_written_is_known_before_the_evaluation(trained: Path, tmp_path: Path) -> None:
+    done = command(tmp_path, f"checkpoint={trained}/run/best.ckpt", "output=/dev/null/out", module="mi_at.evaluate")
+    refused(done, "cannot write the record to /dev/null/out", "choose another output=")
+    assert "evaluation:" not in done.out
 
 
 def test_a_damaged_run_folder(trained: Path, tmp_path: Path) -> None:

@@ -138,6 +138,29 @@ def test_a_configuration_that_is_none(tmp_path: Path, config: Any) -> None:
         mi_at.load(checkpoint(tmp_path / "best.ckpt", mi_at={"config": config}))
 
 
+@pytest.mark.parametrize("content", [b"", b"hello world", b"version https://example.org/spec/v1\noid sha256:0\n"])
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "best.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(io.CheckpointError, match=r"best\.ckpt"):
+        mi_at.load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "text"])
+def test_weights_that_are_no_numbers(tmp_path: Path, value: Any) -> None:
+    path = checkpoint(tmp_path / "best.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["net.head.bias"] = value if isinstance(value, str) else torch.full((10,), value)
+    torch.save(content, path)
+    with pytest.raises(io.CheckpointError, match=r"net\.head\.bias|head\.bias"):
+        mi_at.load(path)
+
+
+def test_weights_that_are_missing_altogether(tmp_path: Path) -> None:
+    with pytest.raises(io.CheckpointError, match="was not written by mi_at"):
+        mi_at.load(checkpoint(tmp_path / "best.ckpt", state_dict=None))
+
+
 # ---------------------------------------------------------------- building
 def test_build_net_is_seeded_by_the_global_state() -> None:
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ SIX_STEPS = (  # an epoch; 3 epochs; last.ckpt also in the middle of each
 )
 DROPOUT = "model._target_=tests.own.DropoutNet"
 SEARCH = ("defense=mma", "defense.variant=full", "defense.max_margin=0.3")
-FAST_AVERAGE = ("callback=ema", "callback.ema.decay=0.8")
+FAST_AVERAGE = ("callback=ema", "callback.ema.decay=0.5", "callback.ema.warmup=true")
 UNTIMED = ("hours_of_last_start", "seconds", "date")
 
 KILLED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -139,8 +139,9 @@ def test_killed_again_and_again(tmp_path: Path, uninterrupted: Any) -> None:
         ("TERM", "train_batch_start:7", 8),
         ("USR1", "validation_batch_start:12", 12),
         ("TERM", "train_batch_start:11", 12),
+        ("TERM", "train_batch_start:17", 18),
     ],
-    ids=["SIGTERM in a step", "SIGUSR1 in validation", "SIGTERM in the last step of an epoch"],
+    ids=["SIGTERM in a step", "SIGUSR1 in validation", "SIGTERM in the last step of an epoch", "in the last step"],
 )
 def test_a_preempted_run_saves_and_goes_on(
     tmp_path: Path, uninterrupted: Any, name: str, point: str, saved: int

@@ -39,7 +39,7 @@ def cross_entropy(net: Callable[[Tensor], Tensor], y: Tensor) -> Objective:
 def kl_to(net: Callable[[Tensor], Tensor], logits: Tensor) -> Objective:
     """KL(softmax(logits) || p(x)): what TRADES maximises, `logits` those of the clean images, held fixed."""
     with torch.inference_mode(False):  # a constant of the graphs to come
-        log_p = F.log_softmax(_logits(_ordinary(logits.detach())), dim=1)
+        log_p = F.log_softmax(_logits(logits.detach()), dim=1)
         p = log_p.exp()
     # The entropy of p is constant, but keeps the value a divergence that can be read.
     return lambda x: (p * (log_p - F.log_softmax(_logits(net(x)), dim=1))).sum(dim=1)

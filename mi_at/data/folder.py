@@ -35,12 +35,15 @@ def class_names(root: str | Path) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: no such folder, or no class folder in it.
+        ValueError: one class folder alone.
     """
     base = Path(root).expanduser()
     folder = base / "train" if (base / "train").is_dir() else base
     names = [] if not folder.is_dir() else [f.name for f in folder.iterdir() if f.is_dir() and f.name[0] != "."]
     if not names:
         raise missing("folder", folder, _LAYOUT, "Set dataset.root to the folder that holds them.")
+    if len(names) < 2:
+        raise ValueError(f"{folder} holds one class folder, {names[0]}: a classifier needs two or more (dataset.root)")
     return tuple(sorted(names))
 
 

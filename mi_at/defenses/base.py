@@ -170,6 +170,11 @@ class Defense(LightningModule):
         """The loss of the defense plus its regularizers, in float32 or better, by term."""
         with torch.autocast(views.batch.x.device.type, enabled=False):
             terms = dict(self.loss(views))
+            if "loss" not in terms:
+                raise ValueError(
+                    f"{type(self).__name__}.loss returned {', '.join(terms) or 'nothing'}: expected 'loss' among them, "
+                    "the sum of the terms"
+                )
             for name, regularizer in self.added_terms().items():
                 for key, value in regularizer.terms(views).items():
                     terms[key if key == name else f"{name}/{key}"] = value
@@ -294,10 +299,10 @@ class Defense(LightningModule):
         rows = history["values"].to(self.device) if history["steps"] else ()
         self._history = list(zip(history["steps"], rows, strict=True))
         for name, sums in checkpoint["mi_at"].get("accuracies", {}).items():
-            metric, nothing = self._accuracy[name], torch.zeros((), device=self._accuracy[name].device)
-            metric.update(nothing, nothing)
-            if rank() == 0:  # the sums are those of all processes
-                metric.mean_value, metric.weight = sums.to(metric.device)
+            metric = self._accuracy[name]
+            metric.update(0.0)  # so that it counts as updated
+            # The sums are those of all processes: one of them takes them.
+            metric.mean_value, metric.weight = (sums if rank() == 0 else torch.zeros_like(sums)).to(metric.device)
         self._rng = checkpoint["rng"]
 
     def on_train_start(self) -> None:

@@ -127,9 +127,11 @@ class MIEstimators(Defense):
     ) -> None:
         super().__init__()
         require_one_of(OBJECTIVES, objective=objective)
-        for name, value in {"hsize": hsize, "epochs": epochs, "batch_size": batch_size - 1}.items():
-            if value < 1:
-                raise ValueError(f"defense.{name}: expected {'2' if name == 'batch_size' else '1'} or more")
+        for name, value, least in (("hsize", hsize, 1), ("epochs", epochs, 1), ("batch_size", batch_size, 2)):
+            if value < least:
+                raise ValueError(f"defense.{name}={value}: expected {least} or more")
+        if not 0 < lr < float("inf"):
+            raise ValueError(f"defense.lr={lr}: expected a positive number")
         self.reference, self.objective, self.hsize = reference, objective, hsize
         self.natural: nn.Module = nn.Identity()
         self.adversarial: nn.Module = nn.Identity()

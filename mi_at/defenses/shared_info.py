@@ -15,6 +15,7 @@ Differences from the paper, which has no public code; where it is silent:
 - The training attack and the test take the mean of z (`attack_latent`, `test_latent`); drawing it at test makes
   gradient attacks look weak.
 - beta rises per epoch, in the proportion of a run of `beta_epochs` epochs, so that a short run reaches it too.
+- On the softmax output a head that starts at zero (cnn4) starts as PyTorch does: equal outputs have no width.
 - A last batch of an epoch with no more than k samples takes as many neighbours as it has.
 """
 
@@ -246,6 +247,11 @@ class SharedInfo(Defense):
             dim = self._insert(net)
         elif self.use_mi and self.estimator == "mine":
             dim = self._outputs(net)
+        if self.location == "softmax" and self.use_mi and isinstance(net, Classifier):
+            # Where all outputs start equal there is no distance to take the kernel's width from.
+            weight = net.head.weight
+            if not weight.is_meta and not weight.any():
+                net.head.reset_parameters()
         if self.use_mi and self.estimator == "mine" and (self.mine is None or self.mine.dim != dim):
             self.mine = Mine(dim, lr=1e-4, seed=self.config.get("seed", 0))
 

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 KERNELS = ("gaussian", "linear")
@@ -173,9 +175,10 @@ def channel_dependence(
         width = scaled_width(maps, sigma)
         factor = _smoother_factor(z, kernel=kernel_z, sigma=sigma, eps=eps)
         sides = torch.cat([torch.ones_like(factor[:, :1]), factor], dim=1)
-        # In parts that stay in the cache: a matrix is read several times.
-        removed = [_removed(part, sides, width=width, ridge=eps * m) for part in maps.split(_PART)]
-        return factor.square().sum() - eps * m * torch.cat(removed)
+        # A CPU takes them in parts that stay in its cache, for a matrix is read several times; a GPU all at once.
+        parts = maps.split(_PART if maps.device.type == "cpu" else len(maps))
+        removed = [_removed(part, sides, width=width, ridge=eps * m) for part in parts]
+        return _finite(factor.square().sum() - eps * m * torch.cat(removed))
 
 
 def _smoother_factor(z: Tensor, *, kernel: str, sigma: float, eps: float) -> Tensor:
@@ -197,14 +200,13 @@ def _removed(x: Tensor, sides: Tensor, *, width: float, ridge: float) -> Tensor:
     x = (x - x.mean(dim=-2, keepdim=True)) / width
     half, one = x.square().sum(dim=-1, keepdim=True) / 2, torch.ones_like(x[..., :1])
     exponent = torch.cat([x, -half, one], dim=-1) @ torch.cat([x, one, -half], dim=-1).mT  # -|a - b|^2 / (2 width^2)
-    kernel = _finite(exponent.exp_())
+    kernel = exponent.exp_()
     kernel.diagonal(dim1=-2, dim2=-1).add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     solved = torch.linalg.solve_triangular(factor, sides.expand(len(x), -1, -1), upper=False)
     along, across = solved[..., :1], solved[..., 1:]
-    removed = across.square().sum(dim=(-2, -1)) - (along.mT @ across).square().sum(dim=(-2, -1)) / along.square().sum(
-        dim=(-2, -1)
-    )
+    constant = (along.mT @ across).square().sum(dim=(-2, -1)) / along.square().sum(dim=(-2, -1))
+    removed = across.square().sum(dim=(-2, -1)) - constant
     return removed.masked_fill(failed != 0, math.nan)
 
 
@@ -287,11 +289,38 @@ def squared_distances(x: Tensor) -> Tensor:
         [[0.0, 25.0], [25.0, 0.0]]
     """
     _samples(x)
-    x = x.double()
-    x = x - x.mean(dim=-2, keepdim=True)  # a common offset would cost digits
-    products = x @ x.mT
-    squares = products.diagonal(dim1=-2, dim2=-1)
-    return squares[..., :, None] + squares[..., None, :] - 2 * products
+    distances: Tensor = _SquaredDistances.apply(x)
+    return distances
+
+
+class _SquaredDistances(torch.autograd.Function):
+    """Forward in float64, without a float64 copy of all of x. Backward one product in the type of x.
+
+    The gradient is a product of the Laplacian of dD and x, whose rounding no division by a ridge follows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        first = x[..., :1, :].double()  # less it no distance changes, and an offset common to all costs no digits
+        products = x.new_zeros(*x.shape[:-1], x.shape[-2], dtype=torch.float64)
+        for part, offset in zip(x.split(_COLUMNS, dim=-1), first.split(_COLUMNS, dim=-1), strict=True):
+            moved = part - offset
+            products += moved @ moved.mT
+        squares = products.diagonal(dim1=-2, dim2=-1)
+        return squares[..., :, None] + squares[..., None, :] - 2 * products
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        both = gradient + gradient.mT
+        laplacian = torch.diag_embed(both.sum(dim=-1)) - both
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return ((2 * laplacian).to(exact) @ x.to(exact)).to(x.dtype)
+
+
+_COLUMNS = 4096
 
 
 def centred(kernel: Tensor) -> Tensor:
@@ -324,13 +353,32 @@ def smoother(kernel: Tensor, *, eps: float = 1e-5) -> Tensor:
         0.5
     """
     _require_ridge(eps)
-    m = kernel.shape[-1]
-    within = centred(kernel.double())
-    ridge = eps * m * torch.eye(m, dtype=within.dtype, device=within.device)
-    # Without the check of errors, which would wait for the device; its verdict is put in as NaN.
-    factor, failed = torch.linalg.cholesky_ex(within + ridge)
-    factor = factor.masked_fill((failed != 0)[..., None, None], math.nan)
-    return torch.cholesky_solve(within, factor)
+    solved: Tensor = _Smoother.apply(kernel.double(), eps * kernel.shape[-1])
+    return solved
+
+
+class _Smoother(torch.autograd.Function):
+    """R = I - lambda A^-1, A = K_c + lambda I, so dR = (I - R) dK_c (I - R) / lambda: no further solve backward."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, ridge: float) -> Tensor:
+        within = centred(kernel)
+        shifted = within.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        # Without the check of errors, which would wait for the device; its verdict is put in as NaN.
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        factor.masked_fill_((failed != 0)[..., None, None], math.nan)
+        solved = torch.cholesky_solve(within, factor)
+        ctx.save_for_backward(solved)
+        ctx.ridge = ridge
+        return solved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (solved,) = ctx.saved_tensors
+        rest = torch.eye(solved.shape[-1], dtype=solved.dtype, device=solved.device) - solved
+        return centred(rest.mT @ gradient @ rest.mT) / ctx.ridge, None
 
 
 def knn_width(x: Tensor, k: int = 10) -> Tensor:

@@ -137,11 +137,12 @@ class Namid(Regularizer):
         self.register_buffer("trained", torch.tensor(False))
 
     def adapt(self, net: nn.Module) -> None:
-        """Make room for the estimators, and for the reference network where it selects.
+        """Make room for the estimators, and for the reference network where it selects; `take` fills it afterwards.
 
         Raises:
             ValueError: a network that does not say its size, or images that are too small.
         """
+        self.trained.fill_(False)
         if self.alpha:
             owner = "regularizer.namid"
             self.natural = critic_of(net, hsize=self.hsize, owner=owner).requires_grad_(False).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,17 @@ def measure(
 
     Returns:
         The record, as written.
+
+    Raises:
+        OSError: it could not be written; this is known before the evaluation begins.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"cannot write the record to {path.parent}: {why}; choose another output= or run_dir=") from error
     settings = config["evaluation"]
     data.setup("test")
     result = evaluate(
@@ -72,7 +83,6 @@ def measure(
         training=training,
         tags={"tags": list(config.get("tags", ())), "group": config.get("group")},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, record, result)
     print_table(record)
     return record

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -45,14 +47,16 @@ class Run:
     state: str
     record: Path
 
-    def make(self, config: Mapping[str, Any]) -> None:
-        """Make the folder, and write config.json into a new one.
+    def make(self, config: Mapping[str, Any], *, alone: bool = True) -> None:
+        """Make the folder, write config.json into a new one, and keep it for this process until it ends.
 
         Args:
             config: resolved configuration, plain values.
+            alone: False where another process of the same run keeps it.
 
         Raises:
             OSError: it cannot be written.
+            RunError: another process trains in it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +67,8 @@ class Run:
             raise OSError(
                 f"cannot write the run folder {self.folder}: {why}; choose another runs= or run_dir="
             ) from error
+        if alone:
+            _keep(self.folder)
 
     @property
     def last(self) -> Path:
@@ -140,6 +146,25 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+_kept: dict[Path, int] = {}
+
+
+def _keep(folder: Path) -> None:
+    """Lock a folder; the system lets go of it when the process ends, however it does."""
+    folder = folder.resolve()
+    if folder in _kept:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return  # a file system without locks
+        raise RunError(f"another process is training in {folder}: wait for it, or choose another run_dir=") from error
+    _kept[folder] = handle
 
 
 def _place_of_record(config: Mapping[str, Any], folder: Path, processes: int | None) -> Path:

@@ -278,7 +278,9 @@ GOOD = {"eps": 0.1, "step_size": 0.05, "steps": 2}
         ({"init": "sobol"}, "sobol"),
         ({"iterate": "best"}, "best"),
     ],
-    ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+    ids=lambda v: (
+        "-".join(f"{k}={getattr(x, 'tolist', lambda x=x: x)()}" for k, x in v.items()) if isinstance(v, dict) else ""
+    ),
 )
 def test_invalid_arguments_are_named(change, named):
     x, _ = images(2)

@@ -236,6 +236,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- one's own pictures
 
 
+def test_folder_with_one_class(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(ValueError, match=r"holds one class folder, cats: a classifier needs two or more"):
+        class_names(tmp_path)
+
+
 def test_folder_without_a_test_folder(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "cat" / "notes.txt").write_text("no picture")
@@ -276,9 +282,10 @@ def test_folder_resizes_the_shorter_side_and_cuts_the_centre(tmp_path: Path) -> 
 
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 255  # only the centre is white
-    (tmp_path / "only").mkdir()
-    for i in range(5):
-        Image.fromarray(wide).save(tmp_path / "only" / f"{i}.png")
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.fromarray(wide).save(tmp_path / name / f"{i}.png")
     data = fitted(Folder, tmp_path, image_size=10)
     assert training_images(data)[:, :, :, 1:-1].min() == 255
 

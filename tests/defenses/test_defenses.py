@@ -17,7 +17,7 @@ from mi_at.attacks.inner import Inner, InnerMaximisation, Objective
 from mi_at.callbacks.adversarial_examples import craft
 from mi_at.data.batch import Batch
 from mi_at.defenses.base import ADVERSARIAL, SELECTION_ATTACKS, Defense, NonFiniteLossError
-from mi_at.defenses.standard_at import StandardAT
+from mi_at.defenses.standard_at import StandardAT, StandardATWith
 from mi_at.models.cnn import CNNTiny
 from mi_at.optim import SGD
 from mi_at.regularizers.base import Regularizer, Views
@@ -25,7 +25,8 @@ from mi_at.regularizers.mi import MutualInformation
 from tests.callbacks import fits
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-NAMES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml"))
+# mi_estimators trains no network, and has tests of its own.
+NAMES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml") if path.stem != "mi_estimators")
 VARIANTS = {"mma": ("defense.variant=full",), "mimae": ("defense.adversarial_term=ce", "defense.logit_term=mse")}
 CASES = [(name, ()) for name in NAMES] + [(name, VARIANTS[name]) for name in NAMES if name in VARIANTS]
 BUDGET = InnerMaximisation(norm="linf", eps=0.1, step_size=0.03, steps=3)
@@ -95,7 +96,11 @@ def test_views_go_through_the_network_one_by_one_clean_first(
     images = {"clean": batch.x, **batch.views}
     order = [next(view for view, x in images.items() if torch.equal(x, seen)) for seen in net.seen]
     assert len(order) == len(set(order))
-    assert order in (["clean"], [ADVERSARIAL], ["clean", ADVERSARIAL])
+    if isinstance(defense, StandardATWith):  # the base loss, then the views of the term
+        assert order[0] == ADVERSARIAL
+        assert set(order[1:]) <= {"clean", "cluster"}
+    else:
+        assert order in (["clean"], [ADVERSARIAL], ["clean", ADVERSARIAL])
 
 
 @pytest.mark.parametrize(("name", "overrides"), CASES)
@@ -229,7 +234,7 @@ def test_a_regularizer_finds_an_adversarial_view_on_any_defense(compose: Compose
         own = set(defense.all_adversaries(fits.batches(1)[0]))
         defense.attach(defense.net, regularizers={"mi": MutualInformation()})
         assert set(defense.all_adversaries(fits.batches(1)[0])) == own | {ADVERSARIAL}
-        assert "mi" in defense.all_terms(Views(defense.net, prepared(defense)))
+        assert "mi" in defense.all_terms(Views(defense.net, prepared(defense), defense.needed_taps))
 
 
 def test_a_term_may_not_be_called_as_an_accuracy() -> None:
@@ -276,3 +281,15 @@ def test_an_objective_or_an_inner_maximisation() -> None:
     (inner,) = fits.module(defense=Plain()).all_adversaries(fits.batches(1)[0]).values()
     assert isinstance(inner, Inner)
     assert (inner.init, inner.mode, inner.generate) == ("uniform", "eval", None)
+
+
+def test_a_loss_without_its_sum_is_refused_by_name() -> None:
+    class Forgetful(StandardAT):
+        def loss(self, views: Views) -> dict[str, Tensor]:
+            return {"ce": super().loss(views)["ce"]}
+
+    batch = Batch(x=torch.rand(2, 1, 8, 8), y=torch.tensor([0, 1]), index=torch.arange(2))
+    batch.views[ADVERSARIAL] = batch.x
+    defense = Forgetful().attach(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
+    with pytest.raises(ValueError, match=r"Forgetful\.loss returned ce: expected 'loss' among them"):
+        defense.all_terms(Views(defense.net, batch))

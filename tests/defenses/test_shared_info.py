@@ -23,7 +23,7 @@ from mi_at.defenses.shared_info import SCALES, SharedInfo, beta_at, shared_hsic,
 from mi_at.defenses.vib import Vib
 from mi_at.functional.distributed import world_size
 from mi_at.functional.divergences import symmetrised_kl, symmetrised_kl_categorical
-from mi_at.models.cnn import CNNTiny
+from mi_at.models.cnn import CNN4, CNNTiny
 from mi_at.models.latent import StochasticLatent
 from mi_at.models.resnet import ResNet18
 from mi_at.optim import SGD
@@ -332,6 +332,17 @@ def test_on_the_output_nothing_is_drawn_and_both_terms_read_probabilities() -> N
     assert terms_of(defense, batch) == found
 
 
+def test_on_the_output_a_head_of_zeros_starts_elsewhere() -> None:
+    """Equal outputs have no kernel width; the plain method keeps its start."""
+    for options, zero in (({}, False), ({"use_mi": False}, True)):
+        net = CNN4(num_classes=fits.CLASSES, in_channels=1, image_size=16, width=0.1)
+        defense = SharedInfo(location="softmax", **options).attach(net)
+        assert net.head.weight.any() != zero
+        x = torch.rand(14, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        batch = Batch(x=x, y=torch.arange(14) % 3, index=torch.arange(14), views={ADVERSARIAL: 0.9 * x})
+        assert all(math.isfinite(value) for value in terms_of(defense, batch).values())
+
+
 @pytest.mark.parametrize(
     ("options", "views", "terms"),
     [
@@ -608,6 +619,8 @@ def test_several_processes_train_as_one(processes: int, spawn: Callable[..., Any
             assert torch.equal(views[ADVERSARIAL], expected["views"][ADVERSARIAL]), name
             for result in group:
                 found = result[name][number]
-                ddp.assert_same({"loss": found["loss"]}, {"loss": expected["loss"]}, 2e-6)
-                ddp.assert_same(found["gradients"], expected["gradients"], 2e-6)
+                largest = max(float(g.abs().max()) for g in expected["gradients"].values())
+                ddp.assert_same({"loss": found["loss"]}, {"loss": expected["loss"]}, 1e-6)
+                # Taps are float32, of which a gradient of several units keeps no more.
+                ddp.assert_same(found["gradients"], expected["gradients"], 1e-6 * max(1.0, largest))
                 ddp.assert_same(found["critic"], expected["critic"], 1e-5)

@@ -36,6 +36,7 @@ from tests.callbacks import fits
 from tests.references import cases as inputs
 from tests.references import losses as plain
 from tests.references import ncmi as ref
+from tests.test_flop import FlopCount
 
 C = fits.CLASSES
 WEIGHTS = [(1.0, 2.0), (2.0, 5.0), (0.3, 0.0), (0.0, 0.7)]
@@ -663,6 +664,34 @@ def test_a_batch_of_one_class(n: int) -> None:
         adapted(term, net)
         with pytest.raises(ValueError, match=rf"regularizer.{term.name}: a batch of {n} has one class only"):
             term.terms(Views(net, batch))
+
+
+# ---------------------------------------------------------------- cost
+@pytest.mark.parametrize(("forward", "more"), [("updated", 1), ("loss", 0)])
+def test_it_costs_a_second_attack_a_second_training_forward_and_the_centroids(forward: str, more: int) -> None:
+    """47 F, or 46 F, where standard_at costs 23 F, counted on a network whose first layer is not negligible."""
+
+    def cost(term: NCMI | None) -> int:
+        net = CNNTiny(num_classes=10, in_channels=1, image_size=8, width=0.2)
+        defense = StandardAT().attach(net, regularizers={"ncmi": term} if term else {})
+        defense.inspect_every = 0
+        callback, batch = fits.attack(steps=10), fits.batches(1, 4)[0]
+        batch.y[0], batch.y[1] = 0, 1
+        with FlopCount() as count:
+            callback.on_train_batch_start(trainer_at(0, 1), defense, batch, 0)
+            defense.training_step(batch, 0).backward()
+            if term:
+                with torch.no_grad():
+                    term.after_step(context(net, lambda size: iter([])), batch)
+        return count.flop
+
+    with FlopCount() as one, torch.no_grad():
+        CNNTiny(num_classes=10, in_channels=1, image_size=8, width=0.2)(fits.batches(1, 4)[0].x)
+    assert cost(NCMI(centroid_forward=forward)) == 2 * cost(None) + more * one.flop
+    if more:  # Algorithm 2 needs no forward after the step
+        relaxed = NCMIRelaxed()
+        relaxed.started = True
+        assert cost(relaxed) == 2 * cost(None)
 
 
 # ---------------------------------------------------------------- the gate

@@ -60,13 +60,13 @@ def double(batches: Iterable[Batch]) -> Iterator[Batch]:
 def train(name: str) -> list[dict[str, Any]]:
     """What is seen at the start, after every step and after every epoch."""
     torch.manual_seed(0)
-    net = CNNTiny(num_classes=10, in_channels=1, image_size=8).double()
+    net = CNNTiny(num_classes=10, in_channels=1, image_size=8, width=0.5).double()
     defense, term = CASES[name]()
     defense.attach(net, regularizers={term.name: term})
     defense.inspect_every = 0
     data = Digits(batch_size=SIZES[0], train_size=sum(SIZES), val_size=60, seed=3)
     data.setup("fit")
-    examples = AdversarialExamples(InnerMaximisation(norm="linf", eps=EPS, step_size=EPS / 2, steps=3), seed=1)
+    examples = AdversarialExamples(InnerMaximisation(norm="linf", eps=EPS, step_size=EPS / 2, steps=2), seed=1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     step: nn.Module = Step(defense)
     if world_size() > 1:
