@@ -140,20 +140,21 @@ def run_once(config: Mapping[str, Any]) -> float | None:
     select = config["select"]
     rule = select if select != "auto" else "best" if (run.folder / "best.ckpt").is_file() else "last"
     served = io.read_checkpoint(run.folder / f"{rule}.ckpt")
-    record = measure(
-        io.load(served.path),
-        attacks,
-        data,
-        config=config,
-        checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
-        path=run.record,
-        device="cuda" if lightning["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu",
-        processes=processes,
-        processes_matter=processes_matter,
-        training=training,
-        progress=lightning["enable_progress_bar"],
-    )
-    loggers.log_evaluation(recorders, record, step=training["steps"])
+    with loggers.ended_on_failure(recorders):
+        record = measure(
+            io.load(served.path),
+            attacks,
+            data,
+            config=config,
+            checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
+            path=run.record,
+            device="cuda" if lightning["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu",
+            processes=processes,
+            processes_matter=processes_matter,
+            training=training,
+            progress=lightning["enable_progress_bar"],
+        )
+        loggers.log_evaluation(recorders, record, step=training["steps"])
     print(f"\nrun folder: {run.folder}")
     return record.training["validation"]
 
