@@ -203,10 +203,7 @@ def stage_two(trained: Path) -> Path:
 
 
 def test_estimators_are_found_and_taken(compose: Compose, trained: Path) -> None:
-    drawn = torch.get_rng_state()
     defense = equip(compose, trained, *NAMID)
-    torch.manual_seed(0)
-    del drawn
     term = defense.added_terms()["namid"]
     assert isinstance(term, Namid)
     assert term.trained
@@ -254,10 +251,6 @@ MISFITS: dict[str, tuple[tuple[str, ...], str]] = {
     "norm": (
         ("attack.norm=l2", "attack.eps=1"),
         r"estimators of attack.norm=linf, but this run has l2: train the stage",
-    ),
-    "data": (
-        ("dataset=mnist", "dataset.root={root}", "model=cnn_tiny"),
-        r"estimators of dataset=digits, but this run has mnist",
     ),
 }
 
@@ -322,23 +315,17 @@ def test_estimators_that_have_learnt_nothing_are_refused(
 ) -> None:
     saved = torch.load(stage_two(trained), weights_only=True)
     for name in ("natural.whole.norm.weight", "natural.whole.norm.bias"):
-        saved["state_dict"][name] *= -50  # sees the opposite of what there is
+        saved["state_dict"][name] *= 50  # so sure of itself that every other image of the class is a surprise
     path = tmp_path / "bad.ckpt"
+    torch.save(saved, path)
     base = (*NAMID, f"defense.estimators={path}")
-    found = []
-    for sign in (1, -1):
-        saved["state_dict"]["natural.whole.norm.weight"] *= sign
-        saved["state_dict"]["natural.whole.norm.bias"] *= sign
-        torch.save(saved, path)
-        try:
-            equip(compose, trained, *base, "budget=paper")
-        except stages.StageError as error:
-            found.append(str(error))
-    assert found
-    assert re.search(r"natural information .* is -.* nats, and information is positive: they have learnt", found[-1])
+    with pytest.raises(
+        stages.StageError, match=r"in 20 training images is -.* nats, and information is positive: they"
+    ):
+        equip(compose, trained, *base, "budget=paper", "dataset.train_size=60")
     capsys.readouterr()
     equip(compose, trained, *base)  # at budget=smoke it is only said
-    assert "warning" in capsys.readouterr().out or len(found) == 1
+    assert "warning: defense.estimators=" in capsys.readouterr().out
 
 
 def test_a_damaged_stage_is_trained_again(compose: Compose, trained: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def mimae_table_8(root: Path) -> str:
 
 
 def _records(folder: Path) -> list[Record]:
-    order = ("ce", "standard_at", "trades", "mart", "mimae")
+    order = ("ce", "standard_at", "trades", "mart", "mimae", "ncmi", "shared_info", "namid", "ib_rar")
     found = [read_record(path) for path in folder.glob("*/record.json")]
     return sorted(found, key=lambda r: (order.index(r.names["defense"]) if r.names["defense"] in order else 99, r.key))
 

@@ -19,6 +19,7 @@ from mi_at.functional.kernels import (
     knn_width,
     linear_kernel,
     normalized_hsic,
+    one_hot,
     scaled_width,
     smoother,
     squared_distances,
@@ -342,6 +343,14 @@ def test_images_must_be_flattened_and_layers_given() -> None:
         kernel_matrix(torch.zeros(4), kernel="linear", sigma=1.0)
     with pytest.raises(ValueError, match="at least one layer"):
         bottleneck([], draw(4, 2, 0), labels(4, 2))
+
+
+def test_labels_that_say_nothing() -> None:
+    with pytest.raises(ValueError, match=r"a batch of one sample.*choose a dataset.batch_size that does not leave"):
+        one_hot(torch.tensor([2]), 3)
+    with pytest.raises(ValueError, match=r"all 4 samples of a batch are of one class.*expected two classes"):
+        one_hot(torch.full((4,), 2), 3)
+    assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
 def test_a_matrix_that_is_no_kernel_gives_nan_and_not_a_number_that_looks_right() -> None:

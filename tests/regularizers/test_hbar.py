@@ -67,6 +67,8 @@ def test_the_clean_forward_follows_the_adversarial_one() -> None:
     """So batch norm's statistics move in that order, as in the authors' code."""
     views, _ = seen(attached(StandardAT()), batch_of())
     assert list(views.computed()) == ["adversarial", "clean"]
+    views, _ = seen(attached(StandardAT(), view="adversarial"), batch_of())
+    assert list(views.computed()) == ["adversarial"]
 
 
 def test_the_terms_train_the_network() -> None:
@@ -98,9 +100,11 @@ def test_at_zero_it_is_the_base_loss_and_needs_no_batch() -> None:
     assert set(terms) == {"ce", "loss"}
     assert list(views.computed()) == ["adversarial"]
     assert defense.coupled_terms() == ""
-    assert attached(StandardAT()).coupled_terms() == "the terms of regularizer.hbar"
+    for options in ({}, {"lambda_x": 0.0}, {"lambda_y": 0.0}):
+        assert attached(StandardAT(), **options).coupled_terms() == "the terms of regularizer.hbar"
     assert set(attached(CE(), view="adversarial").all_adversaries(batch)) == {"adversarial"}
-    for options in ({"view": "clean"}, {"view": "adversarial", "lambda_x": 0.0, "lambda_y": 0.0}):
+    without: list[dict[str, Any]] = [{"view": "clean"}, {"view": "adversarial", "lambda_x": 0.0, "lambda_y": 0.0}]
+    for options in without:
         assert not attached(CE(), **options).all_adversaries(batch)
 
 

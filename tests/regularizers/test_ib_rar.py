@@ -23,10 +23,12 @@ from mi_at.defenses.mart import Mart
 from mi_at.defenses.standard_at import StandardAT
 from mi_at.defenses.trades import Trades
 from mi_at.functional.distributed import world_size
+from mi_at.functional.kernels import channel_dependence
 from mi_at.models.cnn import CNN4, CNNTiny
 from mi_at.models.resnet import ResNet18
 from mi_at.models.vgg import VGG16
 from mi_at.optim import SGD
+from mi_at.regularizers import ib_rar
 from mi_at.regularizers.base import Context, Regularizer, Views
 from mi_at.regularizers.hbar import HsicBottleneck
 from mi_at.regularizers.ib_rar import ChannelGate, InformationBottleneck, MaskOptions, channel_mask
@@ -246,7 +248,7 @@ def test_how_many_channels_are_masked(fraction: float, channels: int, count: int
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    scores = torch.tensor([3.0, 1.0 + 1e-10, 2.0, 1.0, 1.0 - 1e-10, 0.0])
+    scores = torch.tensor([3.0, 1.0 + 1e-10, 2.0, 1.0, 1.0 - 1e-10, 0.0], dtype=torch.float64)
     assert channel_mask(scores, 1).tolist() == [True, True, True, True, True, False]
     assert channel_mask(scores, 2).tolist() == [True, False, True, True, True, False]
     assert channel_mask(scores, 3).tolist() == [True, False, True, False, True, False]
@@ -264,6 +266,22 @@ def test_the_channels_that_know_least_of_the_label_go(fraction: float) -> None:
     expected = ref.ib_rar_mask(maps, ref.one_hot(batch.y.tolist(), K), fraction)
     assert keep(defense.net) == expected
     assert expected.count(False) == max(1, int(fraction * 26))
+
+
+@pytest.mark.parametrize("label_kernel", ["linear", "gaussian"])
+def test_the_kernel_of_the_labels_that_choose(label_kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is asked for: the two rarely choose differently."""
+    asked = []
+
+    def spy(maps: Tensor, z: Tensor, **options: Any) -> Tensor:
+        asked.append((z.shape[1], options.get("kernel_z", "gaussian"), options["sigma"], options["eps"]))
+        return channel_dependence(maps, z, **options)
+
+    monkeypatch.setattr(ib_rar, "channel_dependence", spy)
+    mask = {"label_kernel": label_kernel, "rule": "label_and_input"}
+    defense, _ = attached(StandardAT(), network(), sigma=3.0, eps=1e-4, mask=mask)
+    seen(defense, batch_of())
+    assert asked == [(K, label_kernel, 3.0, 1e-4), (64, "gaussian", 3.0, 1e-4)]
 
 
 def test_dead_channels_go_first_and_a_masked_channel_can_come_back() -> None:
