@@ -16,7 +16,7 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[1]
 LIMIT = 100_000  # bytes
-LARGE: set[str] = set()  # files that are rightly larger, each with its reason
+LARGE = {"results/reported/ncmi.csv"}  # rightly larger, each with its reason: the 776 numbers of one paper
 
 # A bracket keeps a pattern from finding itself in this file.
 FORBIDDEN = {

@@ -1,0 +1,135 @@
+"""python -m mi_at.compare A B: two runs, or two sets of seeds, side by side; which difference is more than noise."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mi_at.results.pairing import ComparisonError, Row, Side, compare, differences, read_side, term_shares
+from mi_at.results.records import RecordError
+from mi_at.results.terminal import NOT_RUN
+
+HEADINGS = (
+    "attack",
+    "n",
+    "A %",
+    "B %",
+    "B - A, points [95 %]",
+    "p (Holm)",
+    "right on both clean: A %, B % (n)",
+    "verdict",
+)
+TRAINING = (
+    ("training, hours", "hours_of_last_start"),
+    ("steps", "steps"),
+    ("precision", "precision"),
+    ("precision of the attack", "attack_precision"),
+)
+"""Titles and keys of what a run cost, of its training notes."""
+TERM_HEADINGS = ("of", "loss term", "mean share of the loss", "mean share of the gradient")
+
+
+def report(a: Side, b: Side, *, markdown: bool = False) -> str:
+    """The comparison as text: what differs, every attack, loss terms, cost.
+
+    Args:
+        a: the first side.
+        b: the second.
+        markdown: tables as Markdown; plain columns otherwise.
+
+    Returns:
+        Lines, ending with a newline.
+
+    Raises:
+        ComparisonError: they were not measured alike.
+    """
+    rows, apart = compare(a, b)
+    seeds = ", ".join(str(seed) for seed in a.seeds)
+    other = "" if a.seeds == b.seeds else f" and {', '.join(str(seed) for seed in b.seeds)}"
+    lines = [f"A: {a.name}", f"B: {b.name}", f"seeds {seeds}{other}, budget {a.records[0].budget}", ""]
+    changed = [(key, str(one), str(two)) for key, one, two in differences(a.records[0], b.records[0]) if key != "seed"]
+    if changed:
+        lines += ["What differs in their configurations:", *_table(("key", "A", "B"), changed, markdown), ""]
+    lines += _table(HEADINGS, [_cells(row) for row in rows], markdown)
+    lines += ["", _reading(rows, len(a.seeds))]
+    lines += [f"not compared: {sentence}" for sentence in apart]
+    lines += ["", *_table(("cost", "A", "B"), _costs(a, b), markdown)]
+    terms = [(side_name, *row) for side_name, side in (("A", a), ("B", b)) for row in _terms(side)]
+    if terms:
+        lines += ["", *_table(TERM_HEADINGS, terms, markdown)]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    gap = row.difference
+    matched = NOT_RUN
+    if row.both_clean:
+        first, second, n = row.both_clean
+        matched = f"{100 * first:.2f}, {100 * second:.2f} ({n})"
+    p = NOT_RUN if row.p is None else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
+    interval = f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
+    return (row.name, str(row.n), f"{100 * row.a:.2f}", f"{100 * row.b:.2f}", interval, p, matched, verdict(row))
+
+
+def verdict(row: Row) -> str:
+    """Which side is better, where both the interval and the adjusted p-value say that it is one."""
+    if not row.difference.clear or row.p is None or row.p >= 0.05:
+        return "no clear difference"
+    return "B is better" if row.difference.value > 0 else "A is better"
+
+
+def _reading(rows: Sequence[Row], seeds: int) -> str:
+    if seeds > 1:
+        return f"Intervals and p-values are over {seeds} seeds (paired t, Holm's rule over attacks)."
+    return (
+        "Intervals and p-values are over images of one training run each (McNemar, Holm's rule over attacks): they say "
+        "that these two networks differ, not that the methods do; for that, give folders with several seeds."
+    )
+
+
+def _costs(a: Side, b: Side) -> list[tuple[str, ...]]:
+    rows = [
+        (title, *(_each([record.training.get(key, NOT_RUN) for record in side.records]) for side in (a, b)))
+        for title, key in TRAINING
+    ]
+    processors = [_each([record.hardware.get("cpu") for record in side.records]) for side in (a, b)]
+    return [*rows, ("processor of the evaluation", *processors)]
+
+
+def _each(values: Sequence[object]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def _terms(side: Side) -> list[tuple[str, str, str]]:
+    return [
+        (term, f"{share:.3g}", NOT_RUN if gradient is None else f"{gradient:.3g}")
+        for term, (share, gradient) in term_shares(side.records).items()
+    ]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
+    if markdown:
+        cells = [headings, ["---"] * len(headings), *rows]
+        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    table = [headings, *rows]
+    widths = [max(len(row[place]) for row in table) for place in range(len(headings))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mi_at.compare", description=__doc__)
+    place = "a record.json, a run folder, or a folder of run folders that differ in their seed"
+    parser.add_argument("a", metavar="A", help=place)
+    parser.add_argument("b", metavar="B", help=place)
+    parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    given = parser.parse_args(arguments)
+    try:
+        print(report(read_side(given.a), read_side(given.b), markdown=given.markdown), end="")
+    except (ComparisonError, RecordError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Two sides of a comparison: the records of one configuration, a seed each, and what differs between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mi_at.evaluation.outcomes import CLEAN
+from mi_at.results.records import AttackRecord, Record, config_hash, read_outcomes, read_record
+from mi_at.results.statistics import Difference, holm, paired_over_images, paired_over_seeds
+
+RECORD = "record.json"
+UNION = "worst of"
+SETTINGS = ("attack", "norm", "eps", "steps", "step_size", "n")
+"""What must be equal for two rows to be the same measurement."""
+
+
+class ComparisonError(ValueError):
+    """Records that cannot be compared; the message names them and why."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Runs of one configuration that differ in their seed alone.
+
+    Attributes:
+        records: by seed, ascending.
+        outcomes: per-sample outcomes of each, in the same order.
+        name: readable, without the seed.
+    """
+
+    records: tuple[Record, ...]
+    outcomes: tuple[Mapping[str, np.ndarray], ...]
+    name: str
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of training."""
+        return tuple(record.seed for record in self.records)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack on both sides.
+
+    Attributes:
+        name: of the attack; a worst case is called by its number of members.
+        n: images.
+        a, b: mean accuracies over the seeds, in [0, 1].
+        difference: b - a, paired.
+        p: of no difference, adjusted for the number of attacks by Holm's rule; None where there is none.
+        both_clean: accuracies of a and b, and their number of images, among those that both get right when clean;
+            None with several seeds.
+    """
+
+    name: str
+    n: int
+    a: float
+    b: float
+    difference: Difference
+    p: float | None
+    both_clean: tuple[float, float, int] | None
+
+
+def read_side(path: str | Path) -> Side:
+    """The records of a path: a record.json, a run folder, or a folder of run folders that differ in their seed.
+
+    Raises:
+        ComparisonError: no record there, or records of several configurations.
+        RecordError: a record or its outcomes are damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        found = [path]
+    elif (path / RECORD).is_file():
+        found = [path / RECORD]
+    else:
+        found = sorted(path.glob(f"*/{RECORD}"))
+    if not found:
+        raise ComparisonError(f"{path}: no {RECORD} there: give a record, a run folder, or a folder of run folders")
+    records = sorted(((read_record(place), place) for place in found), key=lambda pair: pair[0].seed)
+    kinds = {config_hash(record.config, without=("seed",)) for record, _ in records}
+    if len(kinds) > 1:
+        keys = ", ".join(record.key for record, _ in records)
+        raise ComparisonError(f"{path} holds several configurations ({keys}): one side of a comparison is one of them")
+    seeds = [record.seed for record, _ in records]
+    if len(set(seeds)) < len(seeds):
+        raise ComparisonError(f"{path} holds several runs of one seed ({seeds}): give one of them")
+    first = records[0][0]
+    name = first.key.removesuffix(f"-s{first.seed}")
+    outcomes = tuple(read_outcomes(place.with_suffix(".npz")) for _, place in records)
+    return Side(tuple(record for record, _ in records), outcomes, name)
+
+
+def compare(a: Side, b: Side) -> tuple[list[Row], list[str]]:
+    """Every attack that was run alike on both sides.
+
+    Args:
+        a: the first side.
+        b: the second.
+
+    Returns:
+        The rows, and a sentence for each attack that cannot be compared.
+
+    Raises:
+        ComparisonError: different data, budgets or seeds, or no attack in common.
+    """
+    one, two = a.records[0], b.records[0]
+    facts = {
+        "dataset": (one.names.get("dataset"), two.names.get("dataset")),
+        "split": (one.split, two.split),
+        "budget": (one.budget, two.budget),
+        "seeds": (a.seeds, b.seeds),
+    }
+    for what, (first, second) in facts.items():
+        if first != second and (what != "seeds" or max(len(a.seeds), len(b.seeds)) > 1):
+            raise ComparisonError(f"{what}: {first} and {second}: only what was measured alike can be compared")
+    found, apart = [], []
+    for row in one.attacks:
+        other = next((candidate for candidate in two.attacks if candidate.name == row.name), None)
+        if other is None:
+            apart.append(f"{row.name}: only the first was attacked with it")
+        elif unlike := [what for what in SETTINGS if getattr(row, what) != getattr(other, what)]:
+            values = ", ".join(f"{what} {getattr(row, what)} and {getattr(other, what)}" for what in unlike)
+            apart.append(f"{row.name}: {values}")
+        else:
+            found.append(_row(a, b, row))
+    names = {row.name for row in one.attacks}
+    apart += [f"{row.name}: only the second was attacked with it" for row in two.attacks if row.name not in names]
+    if not found:
+        raise ComparisonError("no attack was run alike on both: " + "; ".join(apart))
+    known = [row for row in found if row.p is not None]
+    adjusted = dict(zip([row.name for row in known], holm([row.p or 0.0 for row in known]), strict=True))
+    rows = [Row(r.name, r.n, r.a, r.b, r.difference, adjusted.get(r.name), r.both_clean) for r in found]
+    return rows, apart
+
+
+def _row(a: Side, b: Side, attack: AttackRecord) -> Row:
+    n = attack.n
+    right = [[_right(record, outcomes, attack) for record, outcomes in _runs(side)] for side in (a, b)]
+    mean_a, mean_b = (float(np.mean([outcome.mean() for outcome in side])) for side in right)
+    title = attack.name
+    if title.startswith(UNION):
+        title = f"worst of {len(attack.description['members'])} (n {n})"
+    if len(right[0]) > 1:
+        gap = paired_over_seeds(*([outcome.mean() for outcome in side] for side in right))
+        return Row(title, n, mean_a, mean_b, gap, gap.p, None)
+    gap = paired_over_images(right[0][0], right[1][0])
+    clean = [side.outcomes[0][f"{CLEAN}.prediction"][:n] == side.outcomes[0]["label"][:n] for side in (a, b)]
+    both = clean[0] & clean[1]
+    matched = None
+    if attack.name != CLEAN and both.any():
+        matched = (float(right[0][0][both].mean()), float(right[1][0][both].mean()), int(both.sum()))
+    return Row(title, n, mean_a, mean_b, gap, gap.p, matched)
+
+
+def _runs(side: Side) -> list[tuple[Record, Mapping[str, np.ndarray]]]:
+    return list(zip(side.records, side.outcomes, strict=True))
+
+
+def _right(record: Record, outcomes: Mapping[str, np.ndarray], attack: AttackRecord) -> np.ndarray:
+    """[n] bool, by the outcomes beside the record; a worst case is right where all its members are."""
+    label = outcomes["label"][: attack.n]
+    members = attack.description["members"] if attack.name.startswith(UNION) else [attack.name]
+    right = np.ones(attack.n, bool)
+    for name in members:
+        if f"{name}.prediction" not in outcomes:
+            raise ComparisonError(f"{record.key}: the outcomes lack {name}: evaluate it again")
+        right &= outcomes[f"{name}.prediction"][: attack.n] == label
+    return right
+
+
+def differences(a: Record, b: Record) -> list[tuple[str, Any, Any]]:
+    """Keys of the configurations that differ, with both values; `-` where one has no such key."""
+    flat = [_flat(record.config) for record in (a, b)]
+    keys = sorted(flat[0].keys() | flat[1].keys())
+    rows = [(key, flat[0].get(key, "-"), flat[1].get(key, "-")) for key in keys]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def term_shares(records: Sequence[Record]) -> dict[str, tuple[float, float | None]]:
+    """Mean share of the loss, and ratio of the gradient norm where it was read, by term, over the runs."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        for key, values in (record.training.get("terms") or {}).items():
+            kind, _, term = key.partition("/")
+            if kind in ("share", "gradient") and isinstance(values, Mapping):
+                shares, ratios = found.setdefault(term, ([], []))
+                (shares if kind == "share" else ratios).append(float(values["mean"]))
+    return {
+        term: (float(np.mean(shares)) if shares else 0.0, float(np.mean(ratios)) if ratios else None)
+        for term, (shares, ratios) in found.items()
+    }

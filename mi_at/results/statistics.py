@@ -1,0 +1,123 @@
+"""What may be said of two measured accuracies: paired over images, over seeds, and over several methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from mi_at.evaluation.intervals import Z_95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two accuracies, b - a, in [-1, 1].
+
+    Attributes:
+        value: the difference.
+        low, high: its 95 % interval.
+        p: two-sided p-value of no difference; None where it cannot be had (one seed).
+        n: images, or seeds, that it is taken over.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float | None
+    n: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_over_images(a: np.ndarray, b: np.ndarray) -> Difference:
+    """The difference on the same images, its standard error from the images where the two differ.
+
+    The p-value is McNemar's exact one (McNemar 1947): of the images that one gets right and the other wrong, how
+    unlikely is so uneven a share.
+
+    Args:
+        a: [n] bool, right under the first.
+        b: [n] bool, right under the second, same images in the same order.
+
+    Raises:
+        ValueError: different lengths, or none.
+
+    Example:
+        >>> a, b = np.array([1, 1, 0, 0] * 10, bool), np.array([1, 1, 1, 0] * 10, bool)
+        >>> d = paired_over_images(a, b)
+        >>> round(d.value, 3), round(d.low, 3), round(d.high, 3), round(d.p, 4)
+        (0.25, 0.116, 0.384, 0.002)
+    """
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"outcomes {a.shape} and {b.shape}: expected two of the same images, one value each")
+    n, gained, lost = len(a), int((b & ~a).sum()), int((a & ~b).sum())
+    value = (gained - lost) / n
+    error = math.sqrt(max(0.0, (gained + lost) / n - value * value) / n)
+    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Difference(value, value - Z_95 * error, value + Z_95 * error, p, n)
+
+
+def paired_over_seeds(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """The mean difference of runs with the same seeds, with Student's t interval.
+
+    Args:
+        a: accuracies of the first, a run each.
+        b: of the second, in the order of the same seeds.
+
+    Raises:
+        ValueError: different numbers of runs, or fewer than 2.
+
+    Example:
+        >>> d = paired_over_seeds([0.50, 0.51, 0.49], [0.53, 0.54, 0.52])
+        >>> round(d.value, 3), d.clear
+        (0.03, True)
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"{len(a)} and {len(b)} runs: expected the same seeds, 2 or more")
+    gaps = np.asarray(b, float) - np.asarray(a, float)
+    mean, half = mean_interval(gaps)
+    same_in_every_run = 0.0 if mean else 1.0
+    p = float(stats.ttest_1samp(gaps, 0.0).pvalue) if half else same_in_every_run
+    return Difference(mean, mean - half, mean + half, p, len(gaps))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and half the width of the 95 % t interval of a few runs; the half is 0 for one run.
+
+    Raises:
+        ValueError: no values.
+
+    Example:
+        >>> tuple(round(v, 3) for v in mean_interval([1.0, 2.0, 3.0]))
+        (2.0, 2.484)
+    """
+    runs = np.asarray(values, float)
+    if not len(runs):
+        raise ValueError("no runs: expected one or more")
+    if np.ptp(runs) == 0:
+        return float(runs[0]), 0.0
+    half = stats.t.ppf(0.975, len(runs) - 1) * runs.std(ddof=1) / math.sqrt(len(runs))
+    return float(runs.mean()), float(half)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number by Holm's step-down rule (Holm 1979).
+
+    Example:
+        >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted

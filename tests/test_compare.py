@@ -1,0 +1,116 @@
+"""python -m mi_at.compare: two runs or sets of seeds, and what may not be compared."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mi_at.compare import main
+from mi_at.results.pairing import ComparisonError, compare, differences, read_side, term_shares
+from mi_at.results.records import read_outcomes, write_record
+from tests.results.makers import config, evaluation, record
+
+ROOT = Path(__file__).resolve().parents[1] / "results" / "measured"
+MNIST = ROOT / "head_to_head_mnist_cnn4_short"
+
+
+def run(folder: Path, *, seed: int = 0, eps: float = 0.02, **options: Any) -> Path:
+    """A run folder with a record of its own."""
+    result = evaluation(eps=eps)
+    write_record(folder / "record.json", record(result, seed=seed, **options), result)
+    return folder
+
+
+def test_two_measured_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(MNIST / "standard_at"), str(MNIST / "mimae")])
+    printed = capsys.readouterr().out
+    assert "A: standard_at-mnist-cnn4" in printed
+    assert "defense.lambda_mi" in printed
+    assert "not that the methods do" in printed
+    rows, apart = compare(read_side(MNIST / "standard_at"), read_side(MNIST / "mimae"))
+    assert apart == []
+    pgd = next(row for row in rows if row.name == "pgd_20")
+    outcomes = [read_outcomes(MNIST / name / "record.npz") for name in ("standard_at", "mimae")]
+    right = [found["pgd_20.prediction"] == found["label"] for found in outcomes]
+    assert (pgd.a, pgd.b) == pytest.approx([share.mean() for share in right])
+    assert pgd.difference.value == pytest.approx(right[1].mean() - right[0].mean())
+    assert pgd.n == 10_000
+    clean = [found["clean.prediction"] == found["label"] for found in outcomes]
+    both = clean[0] & clean[1]
+    assert pgd.both_clean == pytest.approx((right[0][both].mean(), right[1][both].mean(), both.sum()))
+    union = next(row for row in rows if row.name == "worst of 6 (n 200)")
+    assert union.a == pytest.approx(0.885)
+
+
+def test_a_network_with_itself_has_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(MNIST / "mart"), str(MNIST / "mart"), "--markdown"])
+    printed = capsys.readouterr().out
+    assert "| pgd_20 | 10000 |" in printed
+    assert "is better" not in printed
+    assert "What differs" not in printed
+
+
+def test_seeds_are_paired(tmp_path: Path) -> None:
+    for side, shift in (("a", 0.0), ("b", 0.01)):
+        for seed in (0, 1, 2):
+            run(tmp_path / side / f"s{seed}", seed=seed, eps=0.02 + shift, config=config(seed=seed, optim__lr=shift))
+    a, b = read_side(tmp_path / "a"), read_side(tmp_path / "b")
+    assert a.seeds == (0, 1, 2)
+    rows, apart = compare(a, b)
+    assert [row.name for row in rows] == ["clean"]
+    assert rows[0].difference.n == 3
+    assert any("fgsm: eps 0.02 and 0.03" in sentence for sentence in apart)
+
+
+def test_what_differs_and_the_terms(tmp_path: Path) -> None:
+    notes = {"terms": {"share/mi": {"mean": 0.25}, "gradient/mi": {"mean": 0.5}, "share/ce": {"mean": 0.75}}}
+    one = read_side(run(tmp_path / "one")).records[0]
+    two = read_side(run(tmp_path / "two", config=config(optim__lr=0.5), training=notes)).records[0]
+    assert differences(one, two) == [("optim.lr", 0.1, 0.5)]
+    assert term_shares([one]) == {}
+    assert term_shares([two]) == {"mi": (0.25, 0.5), "ce": (0.75, None)}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"config": config(budget="smoke")}, "budget: short and smoke"),
+        ({"names": {"defense": "ce", "dataset": "mnist"}}, "dataset: digits and mnist"),
+    ],
+)
+def test_only_like_is_compared(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    a, b = read_side(run(tmp_path / "a")), read_side(run(tmp_path / "b", **other))
+    with pytest.raises(ComparisonError, match=message):
+        compare(a, b)
+
+
+def test_seeds_must_be_the_same(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(tmp_path / "a" / f"s{seed}", seed=seed)
+    a, b = read_side(tmp_path / "a"), read_side(run(tmp_path / "b", seed=0))
+    with pytest.raises(ComparisonError, match=r"seeds: \(0, 1\) and \(0,\)"):
+        compare(a, b)
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*no record.json there"):
+        main([str(tmp_path), str(MNIST / "ce")])
+    with pytest.raises(SystemExit, match=r"error: .*holds several configurations"):
+        main([str(MNIST), str(MNIST / "ce")])
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"error: .*not a whole record"):
+        main([str(tmp_path), str(MNIST / "ce")])
+    for name in ("a", "b"):
+        run(tmp_path / "twice" / name)
+    with pytest.raises(ComparisonError, match="several runs of one seed"):
+        read_side(tmp_path / "twice")
+
+
+def test_outcomes_without_an_attack_are_named(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a")
+    outcomes = {name: values for name, values in read_outcomes(folder / "record.npz").items() if "fgsm" not in name}
+    np.savez(folder / "record.npz", **outcomes)
+    side = read_side(folder)
+    with pytest.raises(ComparisonError, match="the outcomes lack fgsm"):
+        compare(side, side)
