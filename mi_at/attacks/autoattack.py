@@ -1,15 +1,15 @@
-"""AutoAttack (Croce and Hein 2020), run by its authors' package, with the caller's state left as it was.
+"""AutoAttack (Croce and Hein 2020): its authors' components, batch by batch, with the caller's state left as it was.
 
-What this file adds to `pyautoattack`: the global random state is forked (the package reseeds it), logits are
-    float32
-(Square fails on bfloat16), Python's trace function survives, networks with fewer than 10 classes work, and
-the package's warnings arrive as named flags.
+The result is that of the package's own `run_standard_evaluation` with the same seed and batch size. What this file
+adds to `pyautoattack`: the global random state is forked (the package reseeds it), logits are float32 (Square fails on
+bfloat16), Python's trace function survives, networks with fewer than 10 classes work, the package's warnings arrive as
+named flags, and every batch of every component is a step that is kept, resumed and shared between processes.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mi_at.attacks.contexts import attacking
 from mi_at.attacks.inner import check_eps
+from mi_at.attacks.packing import BatchSize, Kept, Steps, every_step, tensor
 from mi_at.functional.geometry import check_norm
 
 VERSIONS = {
@@ -39,8 +40,7 @@ _FLAGS = {
     "dynamic defense": "gradients_in_forward",
     "Square Attack has decreased": "square_beats_gradients",
 }
-_BEGINS = re.compile(r"^running (\S+)$")
-_BATCH = re.compile(r"^(\S+) - (\d+)/(\d+) - (\d+) out of \d+ successfully")
+_MEMORY = "a batch of {} did not fit into memory and was attacked in parts of {}, on which the result depends"
 
 OnProgress = Callable[[str, int, int, int], None]
 """Told (component, batches done, batches, samples broken so far); 0, 0 batches when a component begins."""
@@ -74,6 +74,7 @@ class AutoAttack:
 
     # Survivors are re-packed over all samples between components: the evaluator hands them over in one call.
     whole_set: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
 
     eps: float
     norm: str = "linf"
@@ -133,7 +134,8 @@ class AutoAttack:
         ids: Tensor | None = None,
         seed: int = 0,
         on_progress: OnProgress | None = None,
-        on_flag: Callable[[str, str], None] | None = None,
+        on_flag: Callable[[str, str], Any] | None = None,
+        steps: Steps | None = None,
     ) -> Tensor:
         """Attack images; a sample that no component breaks comes back unchanged.
 
@@ -145,6 +147,7 @@ class AutoAttack:
             seed: used where the field `seed` is None.
             on_progress: told when a component begins, and after each of its batches.
             on_flag: told (flag, message) of every kind of warning once; None: they are logged.
+            steps: runs the batches of a component, or finds them done; None: all are computed here.
 
         Returns:
             [N, C, H, W] on the device of x.
@@ -155,34 +158,84 @@ class AutoAttack:
         if self.eps == 0 or len(x) == 0:
             return x.detach().clone()
         device = next((tensor.device for tensor in net.parameters()), x.device)
-        images = x.detach().float()
-        with attacking(net), forked_rng(), _listening(on_progress, on_flag):
-            with torch.no_grad():
-                num_classes = net(images[:1].to(device)).shape[1]
-            attack = self.for_classes(num_classes)
-            library = attack._build(net, device, seed if self.seed is None else self.seed)
-            # An inference tensor cannot enter a graph; its copy made here can.
-            x_adv, _ = library.run_standard_evaluation(images.clone(), y.clone(), batch_size=self.batch_size)
-        return x_adv.detach().to(x)
+        report = _once(on_flag)
+        progress = on_progress or (lambda component, done, batches, broken: None)
+        # An inference tensor cannot enter a graph; its copy made here can.
+        with attacking(net), forked_rng(), torch.no_grad(), _listening(report):
+            images, labels = x.detach().float().clone(), y.detach().clone().to(x.device)
+            x_adv = images.clone()
 
-    def _build(self, net: nn.Module, device: torch.device, seed: int) -> Any:
+            def logits(images: Tensor) -> Tensor:
+                return net(images).float()
+
+            attack = self.for_classes(logits(images[:1].to(device)).shape[1])
+            library = attack._build(logits, device, seed if self.seed is None else self.seed)
+            batch = BatchSize(self.batch_size)
+            robust = batch.map(
+                lambda part, label: logits(part.to(device)).argmax(dim=1).to(x.device) == label, images, labels
+            )
+            attack._check(logits, images[: batch.size].to(device), labels[: batch.size].to(device))
+            right = int(robust.sum())
+            accuracy = {"clean": right / len(x)}
+            for component in attack.attacks or ():
+                if not bool(robust.any()):
+                    break
+                batches = robust.nonzero().squeeze(1).split(self.batch_size)
+                progress(component, 0, 0, right - int(robust.sum()))
+
+                def compute(number: int, component: str = component, batches: Sequence[Tensor] = batches) -> Kept:
+                    rows = batches[number]
+                    return attack._step(library, component, images[rows].to(device), labels[rows].to(device))
+
+                names = [f"{component}-{number:04d}" for number in range(len(batches))]
+                for done, (number, kept) in enumerate((steps or every_step)(names, compute), 1):
+                    rows = batches[number][tensor(kept, "broken").to(x.device)]
+                    x_adv[rows] = tensor(kept, "x_adv").to(x_adv)
+                    robust[rows] = False
+                    for flag, warning in json.loads(str(kept["flags"])).items():
+                        report(flag, warning)
+                    progress(component, done, len(batches), right - int(robust.sum()))
+                accuracy[component] = int(robust.sum()) / len(x)
+            _compare_square(accuracy)
+        return x_adv.to(x)
+
+    def _build(self, logits: Callable[[Tensor], Tensor], device: torch.device, seed: int) -> Any:
+        """The package's object, whose components are called one by one."""
         try:
             from pyautoattack import AutoAttack as Library
         except ImportError as error:
             raise ImportError("AutoAttack needs its authors' package: pip install pyautoattack") from error
         library = Library(
-            lambda images: net(images).float(),
+            logits,
             device=device,
             eps=self.eps,
             norm={"linf": "Linf", "l2": "L2"}[self.norm],
             seed=seed,
             version=self.version,
         )
-        library.attacks_to_run = list(self.attacks or ())
         library.square.n_queries = self.queries
         library.apgd_targeted.n_target_classes = self.targets
         library.fab.n_target_classes = self.targets
         return library
+
+    def _check(self, logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+        """The package's checks of the network; what they find is logged as a warning."""
+        from pyautoattack import checks
+
+        if self.version != "rand":
+            checks.check_randomized(logits, x, y, bs=len(x), logger=_library_logger())
+        checks.check_range_output(logits, x, logger=_library_logger())
+        checks.check_dynamic(logits, x, False, logger=_library_logger())
+
+    def _step(self, library: Any, component: str, x: Tensor, y: Tensor) -> Kept:
+        """One component on one batch: which rows it broke, and how."""
+        warned: dict[str, str] = {}
+        batch = BatchSize(len(x), on_halving=lambda size: warned.update(memory=_MEMORY.format(len(x), size)))
+        with _listening(warned.setdefault):
+            x_adv = batch.map(lambda x, y: _perturb(library, component, x, y), x, y)
+            broken = torch.cat([library.model(part).argmax(dim=1) for part in x_adv.split(batch.size)]) != y
+        rows = broken.nonzero().squeeze(1)
+        return {"broken": rows.cpu(), "x_adv": x_adv[rows].detach().cpu(), "flags": json.dumps(warned)}
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a record."""
@@ -207,51 +260,78 @@ def forked_rng() -> Iterator[None]:
         yield
 
 
+def _perturb(library: Any, component: str, x: Tensor, y: Tensor) -> Tensor:
+    """One component of the package with the settings of its version, seeded anew as the package does per batch."""
+    if component in ("apgd-ce", "apgd-dlr"):
+        attack, library.apgd.loss = library.apgd, component.removeprefix("apgd-")
+    elif component == "apgd-t":
+        attack = library.apgd_targeted
+    elif component == "square":
+        attack = library.square
+    else:
+        attack = library.fab
+        attack.targeted = component == "fab-t"
+        attack.n_restarts = 1 if attack.targeted or library.version == "standard" else 5
+    attack.seed = library.get_seed()
+    return attack.perturb(x.clone(), y.clone())
+
+
+def _compare_square(accuracy: dict[str, float]) -> None:
+    """The package's own check: the black-box component should not beat the gradients."""
+    from pyautoattack import checks
+
+    checks.check_square_sr(accuracy, logger=_library_logger())
+
+
+def _library_logger() -> logging.Logger:
+    return logging.getLogger("auto-attack")
+
+
+def _once(on_flag: Callable[[str, str], Any] | None) -> Callable[[str, str], None]:
+    """Hands on each kind of warning once; logs it where nobody listens."""
+    seen: set[str] = set()
+
+    def report(flag: str, message: str) -> None:
+        if flag in seen:
+            return
+        seen.add(flag)
+        if on_flag is not None:
+            on_flag(flag, message)
+        else:
+            logger.warning("%s: %s", flag, message)
+
+    return report
+
+
 @contextmanager
-def _listening(on_progress: OnProgress | None, on_flag: Callable[[str, str], None] | None) -> Iterator[None]:
-    """Turn what the package logs into calls; keep its log and its trace function to itself."""
-    library = logging.getLogger("auto-attack")
-    handler = _Listener(on_progress, on_flag)
-    level, propagate, trace = library.level, library.propagate, sys.gettrace()
-    library.setLevel(logging.DEBUG)  # progress is logged at DEBUG
+def _listening(report: Callable[[str, str], Any]) -> Iterator[None]:
+    """Turn what the package warns of into calls of `report`; keep its log and its trace function to itself."""
+    library = _library_logger()
+    handler = _Listener(report)
+    level, propagate, trace, others = library.level, library.propagate, sys.gettrace(), list(library.handlers)
+    library.setLevel(logging.WARNING)
     library.propagate = False
-    library.addHandler(handler)
+    library.handlers = [handler]  # within a step, the step alone listens
     try:
         yield
     finally:
-        library.removeHandler(handler)
+        library.handlers = others
         library.setLevel(level)
         library.propagate = propagate
         sys.settrace(trace)  # the package's check for dynamic defenses ends with settrace(None)
 
 
 class _Listener(logging.Handler):
-    """Parses the package's log records."""
+    """Names the package's warnings."""
 
-    def __init__(self, on_progress: OnProgress | None, on_flag: Callable[[str, str], None] | None) -> None:
-        super().__init__(logging.DEBUG)
-        self.on_progress = on_progress
-        self.on_flag = on_flag
-        self.seen: set[str] = set()
-        self.broken = 0
+    def __init__(self, report: Callable[[str, str], Any]) -> None:
+        super().__init__(logging.WARNING)
+        self.report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Report a batch done, or a warning of a kind not seen before."""
+        """Report a warning by the name of its kind."""
         message = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            flag = next((flag for words, flag in _FLAGS.items() if words in message), "autoattack_warning")
-            if flag not in self.seen:
-                self.seen.add(flag)
-                if self.on_flag is not None:
-                    self.on_flag(flag, message)
-                else:
-                    logger.warning("%s: %s", flag, message)
-        elif self.on_progress is not None:
-            if match := _BEGINS.match(message):
-                self.on_progress(match[1], 0, 0, self.broken)
-            elif match := _BATCH.match(message):
-                self.broken += int(match[4])
-                self.on_progress(match[1], int(match[2]), int(match[3]), self.broken)
+        self.report(next((flag for words, flag in _FLAGS.items() if words in message), "autoattack_warning"), message)
 
 
 def _library_version() -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mi_at.attacks import objectives
+from mi_at.attacks.active import Found, ascend_until_broken
 from mi_at.attacks.inner import INITS, Objective, check_eps, check_reach, check_step
+from mi_at.attacks.packing import BatchSize, Packing
 from mi_at.functional import random
 from mi_at.functional.geometry import ascent_direction, check_norm, per_sample, project, start_noise
+from mi_at.functional.margins import logit_margin
 
 
 def pgd(
@@ -119,10 +122,13 @@ class PGD:
     """PGD as an evaluation attack: settings, and a call that does not depend on how samples are batched.
 
     Attributes:
-        eps, step_size, steps, norm, init, iterate: as `pgd` takes them.
+        eps, step_size, steps, norm, init: as `pgd` takes them.
+        iterate: "last", or "worst": a sample is broken as soon as any iterate, the start included, is
+            misclassified, and the first such iterate is returned; else the one with the highest objective.
         objective: "cross_entropy", "margin" (CW-inf) or "dlr".
         kappa: confidence of the margin.
-        restarts: starts; per sample the iterate with the largest margin over all of them is returned.
+        restarts: starts, at most: per sample the result of the first that breaks it; else, of all, the one with
+            the largest margin.
         name: what tables print.
     """
 
@@ -153,7 +159,9 @@ class PGD:
         if self.kappa < 0:
             raise ValueError(f"kappa={self.kappa}: expected 0 or more")
 
-    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
+    def __call__(
+        self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int, packing: Packing | None = None
+    ) -> Tensor:
         """Attack images whose noise is drawn by (seed, id).
 
         Args:
@@ -162,30 +170,101 @@ class PGD:
             y: [B] int64.
             ids: [B] int64, the samples' places in their data set.
             seed: of the start noise.
+            packing: how many at once; None: all. With its `active`, a start is tried on what the earlier ones
+                left, and under "worst" a sample leaves the batch when it is broken; the result is the same.
 
         Returns:
             [B, C, H, W].
         """
-        objective = objectives.by_name(self.objective, net, y, self.kappa)
-        best, best_margin = x, None
+        if not len(x):
+            return x.detach().clone()
+        packing = packing or Packing(batch=BatchSize(len(x)))
+        if self.restarts == 1:
+            return self._run(net, x, y, ids, seed, 0, packing).x_adv
+        best = Found(
+            x_adv=x.detach().clone(),
+            broken=torch.zeros(len(x), dtype=torch.bool, device=x.device),
+            margin=torch.full((len(x),), -torch.inf, device=x.device),
+        )
+        places = torch.arange(len(x), device=x.device)
         for restart in range(self.restarts):
-            start = self._start(x, ids, seed * 1009 + restart)
-            x_adv = pgd(
-                objective,
+            told = self._tell(packing, restart, int(best.broken.sum()))
+            found = self._run(net, x[places], y[places.to(y.device)], ids[places.to(ids.device)], seed, restart, told)
+            better = ~best.broken[places] & (found.broken | (found.margin > best.margin[places]))
+            best.x_adv[places[better]] = found.x_adv[better]
+            best.margin[places[better]] = found.margin[better]
+            best.broken[places] |= found.broken
+            if packing.active:
+                places = (~best.broken).nonzero().squeeze(1)
+                if not len(places):
+                    break
+        return best.x_adv
+
+    @property
+    def refills(self) -> bool:
+        """Whether samples end at different times, so that the evaluator should hand over many at once."""
+        return self.iterate == "worst" or self.restarts > 1
+
+    def _run(
+        self, net: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, packing: Packing
+    ) -> Found:
+        """One start."""
+        noise = seed * 1009 + restart
+        if self.iterate == "worst":
+            return ascend_until_broken(
+                net,
+                lambda network, labels: objectives.by_name(self.objective, network, labels, self.kappa),
                 x,
+                y,
+                ids,
+                start=lambda images, names: self._start(images, names, noise),
                 eps=self.eps,
                 step_size=self.step_size,
                 steps=self.steps,
                 norm=self.norm,
-                init=start,
-                iterate=self.iterate,
+                packing=packing,
+                seed=random.key(noise, "iterates"),
             )
-            if self.restarts == 1:
-                return x_adv
-            with torch.no_grad():
-                margin = objectives.margin(net, y, float("inf"))(x_adv)
-            best, best_margin = _keep_worst(best, best_margin, x_adv, margin)
-        return best
+        device = x.device if packing.device is None else packing.device
+        done, broken_so_far = 0, 0
+
+        def ascend(x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            nonlocal done, broken_so_far
+            images, labels, names = x.to(device), y.to(device), ids.to(device)
+            broken, margin = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x))
+            with random.keyed(names, random.key(noise, "iterates")):
+                x_adv = pgd(
+                    objectives.by_name(self.objective, net, labels, self.kappa),
+                    images,
+                    eps=self.eps,
+                    step_size=self.step_size,
+                    steps=self.steps,
+                    norm=self.norm,
+                    init=self._start(images, names, noise),
+                )
+                if self.restarts > 1:  # of a single start the iterate is returned whatever it does
+                    logits = objectives.frozen_logits(net, x_adv)
+                    margin = logit_margin(logits, labels)
+                    broken = (logits.argmax(dim=1) != labels) | ~logits.isfinite().all(dim=1)
+            done, broken_so_far = done + len(x), broken_so_far + int(broken.sum())
+            if packing.on_progress is not None:
+                packing.on_progress(done / total, broken_so_far)
+            return x_adv.to(x), broken.to(x.device), margin.to(x.device)
+
+        total = len(x)
+        return Found(*packing.batch.map(ascend, x, y, ids))
+
+    def _tell(self, packing: Packing, restart: int, broken: int) -> Packing:
+        """The packing of one start: its share of the work, and what was broken before it."""
+        told = packing.on_progress
+        if told is None:
+            return packing
+        return replace(
+            packing,
+            on_progress=lambda share, more: told(
+                (restart + share) / self.restarts, broken + (more if packing.active else 0)
+            ),
+        )
 
     def _start(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
         shape = x.shape[1:]

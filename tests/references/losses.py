@@ -171,6 +171,18 @@ def trades_loss(z: Rows, z_adv: Rows, y: list[int], *, beta: float) -> dict[str,
     }
 
 
+def ib_rar_trades_loss(z: Rows, z_adv: Rows, y: list[int]) -> dict[str, Number]:
+    """What IB-RAR's code calls TRADES: CE(p(x'), y) + 0.5 KL(p(x) || p(x'))."""
+    divergences = []
+    for i in range(len(y)):
+        p, q = softmax(z[i]), softmax(z_adv[i])
+        divergences.append(sum(p[k] * (_log(p[k]) - _log(q[k])) for k in range(len(p))))
+    return {
+        "adversarial": mean([-log_softmax(z_adv[i])[y[i]] for i in range(len(y))]),
+        "kl": 0.5 * mean(divergences),
+    }
+
+
 def mart_loss(z: Rows, z_adv: Rows, y: list[int], *, beta: float) -> dict[str, Number]:
     """Table 1, MART: BCE(p(x'), y) + beta KL(p(x) || p(x')) (1 - p_y(x))."""
     m = len(y)

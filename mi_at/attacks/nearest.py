@@ -1,0 +1,92 @@
+"""What minimum-norm attacks share: per sample the nearest adversarial image seen so far, and their settings' checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mi_at.attacks.inner import check_eps
+from mi_at.functional import geometry
+from mi_at.functional.geometry import check_norm
+
+
+class Nearest:
+    """Per sample the misclassified image with the smallest distance, among all that it was shown.
+
+    Args:
+        x: [B, ...] the clean images.
+        y: [B] int64.
+        norm: "linf" or "l2".
+
+    Attributes:
+        image: [B, ...] the nearest found; the clean image where none was found.
+        distance: [B] of it; infinite where none was found.
+
+    Example:
+        >>> nearest = Nearest(torch.zeros(1, 2), torch.tensor([0]), "l2")
+        >>> nearest.show(torch.full((1, 2), 0.5), torch.tensor([[0.0, 1.0]]))
+        tensor([True])
+        >>> nearest.image
+        tensor([[0.5000, 0.5000]])
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, norm: str) -> None:
+        self.x, self.y, self.norm = x, y, check_norm(norm)
+        self.image = x
+        self.distance = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+
+    def show(self, x_adv: Tensor, logits: Tensor) -> Tensor:
+        """Look at candidates [B, ...] and their logits [B, C]; returns which are misclassified, [B] bool."""
+        x_adv = x_adv.detach()
+        # The very test that the evaluator makes: with equal logits the first class wins.
+        wrong = logits.detach().argmax(dim=1) != self.y
+        distance = geometry.norm(x_adv - self.x, self.norm)
+        better = wrong & (distance < self.distance)
+        self.image = select(better, x_adv, self.image)
+        self.distance = torch.where(better, distance, self.distance)
+        return wrong
+
+
+def select(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """Per sample one of two images [B, ...]: `chosen` where the mask [B] is true.
+
+    Example:
+        >>> select(torch.tensor([True, False]), torch.ones(2, 1), torch.zeros(2, 1)).tolist()
+        [[1.0], [0.0]]
+    """
+    return torch.where(mask.view(-1, *(1,) * (chosen.ndim - 1)), chosen, other)
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Logits as float32 where they are coarser, as they are otherwise."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+def check_within(within: Any, norm: str) -> float | None:
+    """Parse the radius within which a minimum-norm attack's images count; None: at any distance.
+
+    Raises:
+        ValueError: as a radius.
+
+    Example:
+        >>> check_within("128/255", "l2") == 128 / 255
+        True
+    """
+    if within is None:
+        return None
+    try:
+        return float(check_eps(within, norm))
+    except ValueError as error:
+        raise ValueError(str(error).replace("attack.eps", "attack.within")) from None
+
+
+def check_steps(steps: int) -> None:
+    """Refuse a negative number of steps.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if steps < 0:
+        raise ValueError(f"attack.steps={steps}: expected 0 or more")
