@@ -5,8 +5,8 @@ thread, or in time between two waits for the device on a GPU.
 
     python benchmarks/kernels.py [--rounds 9] [--device cuda] [--json FILE]
 
-Exit code 1 if a ratio misses what it must be. One core cannot reach 20 for the mask where the loop does the same work:
-a Cholesky factor of 100 x 100 alone takes it a seventeenth of what a channel costs the loop.
+Exit code 1 if a ratio misses what it must be. Against a loop that does the same work one CPU core does not reach 20 for
+the mask; two parts of it are timed alone, and benchmarks/README.md says where the time goes.
 """
 
 from __future__ import annotations
@@ -79,6 +79,21 @@ def mask_loop(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([public_hsic(f, y, linear=True) for f in maps.flatten(2).unbind(dim=1)])
 
 
+PARTS = ("part of it: kernel matrices", "part of it: Cholesky factors")
+
+
+def channel_kernels(maps: Tensor) -> list[Tensor]:
+    """Shifted Gaussian kernel matrices of all channels, 16 at a time, that the mask's factors are made of."""
+    made = []
+    for part in maps.flatten(2).transpose(0, 1).double().split(16 if maps.device.type == "cpu" else maps.shape[1]):
+        squares = part.square().sum(dim=2, keepdim=True)
+        exponent = (part @ part.mT - squares / 2 - squares.mT / 2) / (SIGMA**2 * part.shape[2])
+        kernel = exponent.exp_()
+        kernel.diagonal(dim1=1, dim2=2).add_(EPS * IMAGES)
+        made.append(kernel)
+    return made
+
+
 # ---------------------------------------------------------------- measuring
 def trained(make: Callable[..., Tensor], layers: list[Tensor], x: Tensor, y: Tensor) -> Callable[[], object]:
     """The terms and their gradient to the layers."""
@@ -105,6 +120,7 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
     x = torch.rand(IMAGES, 3 * 32 * 32, generator=generator).to(device)
     y = F.one_hot(torch.arange(IMAGES) % CLASSES, CLASSES).float().to(device)
     layers, maps = [draw(*shape).requires_grad_() for shape in LAYERS], draw(*MAPS)
+    made = channel_kernels(maps)
     double, x64, y64 = [layer.detach().double().requires_grad_() for layer in layers], x.double(), y.double()
     return {
         "terms": trained(ours, layers, x, y),
@@ -116,6 +132,8 @@ def variants(device: torch.device) -> dict[str, Callable[[], object]]:
         "mask, loop, float64": lambda: mask_loop(maps.double(), x64, y64),
         "mask by labels and images": lambda: both_scores(maps, x, y),
         "mask, public order": lambda: mask_public(maps, x, y),
+        PARTS[0]: lambda: channel_kernels(maps),
+        PARTS[1]: lambda: [torch.linalg.cholesky_ex(part) for part in made],
     }
 
 

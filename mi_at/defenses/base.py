@@ -5,7 +5,8 @@ A defense adds what its paper adds: `adversaries` (what is maximised) and `loss`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torchmetrics import MeanMetric
 
 from mi_at.attacks import objectives
 from mi_at.attacks.contexts import attacking
+from mi_at.attacks.eot import seeded
 from mi_at.attacks.inner import Inner, Objective
 from mi_at.data.batch import Batch
-from mi_at.functional.distributed import own_shard, rank, world_size
+from mi_at.functional.distributed import alone, own_shard, rank, world_size
 from mi_at.optim import Optimisation
 from mi_at.regularizers.base import Context, Regularizer, Views
 
@@ -27,6 +29,9 @@ ADVERSARIAL = "adversarial"
 ACCURACIES = ("clean", "robust")
 """Logged in training beside the terms of the loss, which must not be called so."""
 SELECTION_ATTACKS = ("cross_entropy", "margin")
+READING = "reading/"
+AFTER_TRAINING = 10**9
+"""An epoch in which every schedule of a weight has run its course."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -62,6 +67,7 @@ class Defense(LightningModule):
         self.context: Callable[[int], Context] | None = None
         self.undo_before_hooks: list[Callable[[], None]] = []
         self.fit_started = False
+        self._as_of: int | None = None
         self._term_names: list[str] = []
         self._non_finite: Tensor | None = None
         self._history: list[tuple[int, Tensor]] = []
@@ -130,6 +136,9 @@ class Defense(LightningModule):
     def after_step(self, batch: Batch) -> None:
         """Called after every optimiser step, on the updated weights, without gradients."""
 
+    def take_as_searched(self, batch: Batch) -> None:
+        """Called before the loss of views that an attack on the loss made, not the method's own search."""
+
     def adversaries(self, batch: Batch) -> dict[str, Objective | Inner]:
         """The inner maximisations of a batch by view name.
 
@@ -184,6 +193,70 @@ class Defense(LightningModule):
                 f"a term of the loss is called {taken[0]!r}, as a logged accuracy is: give it another name"
             )
         return terms
+
+    def training_objective(self, x: Tensor, y: Tensor, index: Tensor) -> Objective:
+        """The whole training loss of a batch as a function of its adversarial images: what an adaptive attack raises.
+
+        x_adv stands for every view that training crafts; where it crafts none (ce, vib), for the clean images. The
+        network, masks, centroids and estimators are as they are served, in eval mode, the weights' schedules at their
+        end; noise is keyed by (seed, view, index) and the same at every call. Nothing of the defense changes: neither
+        state, nor what it notes or logs, nor torch's random state. Batches of other processes play no part.
+
+        Args:
+            x: [B, C, H, W] float in [0, 1], the clean images.
+            y: [B] int64.
+            index: [B] int64, the images' places in their data set.
+
+        Returns:
+            x_adv [B, C, H, W] -> scalar, in float32 or better; differentiable.
+
+        Raises:
+            ValueError: images, labels and indices of different number; later, a single image under a kernel term.
+        """
+        # Lightning's loops may hand over inference tensors, which cannot enter a graph.
+        x, y, index = (t.clone() if t.is_inference() else t for t in (x.detach(), y, index))
+        clean = Batch(x=x, y=y, index=index, epoch=AFTER_TRAINING, batch_idx=1)
+        with self._as_served():
+            crafted = tuple(self.all_adversaries(clean))
+
+        def loss(x_adv: Tensor) -> Tensor:
+            images = x if crafted else x_adv
+            views = dict.fromkeys(crafted, x_adv)
+            batch = Batch(x=images, y=y, index=index, views=views, epoch=AFTER_TRAINING, batch_idx=1)
+            with self._as_served():
+                self.take_as_searched(batch)
+                seen = Views(self.net, batch, self.needed_taps, seed=self.config.get("seed", 0), ids=index)
+                total = self.all_terms(seen)["loss"]
+            return total + 0 * x_adv.sum()  # a loss that does not see x_adv has a gradient too
+
+        return loss
+
+    @property
+    def current_epoch(self) -> int:
+        """Lightning's; in `training_objective`, after training."""
+        return super().current_epoch if self._as_of is None else self._as_of
+
+    @contextmanager
+    def _as_served(self) -> Iterator[None]:
+        """Eval mode, frozen, one process, a random state of its own; whatever the block changes is undone."""
+        served = set(self.net.modules())
+        held = [(module, dict(module.__dict__)) for module in self.modules()]
+        with alone(), seeded(0):
+            try:
+                for module, state in held:
+                    if module in served:  # in eval mode a network writes to no buffer of its own
+                        continue
+                    # What the block writes into, it writes into copies.
+                    copies = {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
+                    buffers = {k: v if v is None else v.clone() for k, v in state["_buffers"].items()}
+                    module.__dict__.update(copies, _buffers=buffers)
+                self._as_of = AFTER_TRAINING
+                with attacking(self):
+                    yield
+            finally:
+                for module, state in held:
+                    module.__dict__.clear()
+                    module.__dict__.update(state)
 
     def readings(self) -> dict[str, Tensor]:
         """Scalars of the last batch, logged beside the terms and no part of the loss: the regularizers'."""
@@ -361,8 +434,10 @@ class Defense(LightningModule):
                 shares = self.term_shares(terms)
                 for logger in self.loggers:  # log_dict would repeat them in every row until the next reading
                     logger.log_metrics({name: float(share) for name, share in shares.items()}, self.global_step)
-                self._history.append((self.global_step, torch.stack(list(shares.values()))))
-                self._history_names = list(shares)
+                readings = {f"{READING}{name}": value.detach() for name, value in self.readings().items()}
+                row = {name: value.float() for name, value in (shares | readings).items()}
+                self._history.append((self.global_step, torch.stack(list(row.values()))))
+                self._history_names = list(row)
 
     def term_shares(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each term's share of the loss, |term| / sum of |terms|, and its gradient norm over that of the loss.
@@ -385,6 +460,23 @@ class Defense(LightningModule):
         Returns:
             `share/<term>` and `gradient/<term>` -> {"min", "mean", "max"}; empty where the loss has one term.
         """
+        return {name: row for name, row in self._summary().items() if not name.startswith(READING)}
+
+    def reading_history(self) -> dict[str, dict[str, float]]:
+        """Smallest, mean and largest of what the regularizers read at the same steps, such as estimates in nats.
+
+        Returns:
+            `<regularizer>/<reading>` -> {"min", "mean", "max"}.
+        """
+        rows = self._summary().items()
+        return {name.removeprefix(READING): row for name, row in rows if name.startswith(READING)}
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What the regularizers made of their options, by name: plain values worth recording beside a result."""
+        found = {name: term.settings() for name, term in self.added_terms().items()}
+        return {name: values for name, values in found.items() if values}
+
+    def _summary(self) -> dict[str, dict[str, float]]:
         if not self._history:
             return {}
         values = torch.stack([row for _, row in self._history]).cpu().double()

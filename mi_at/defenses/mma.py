@@ -144,6 +144,11 @@ class MMA(Defense):
         within = margins < self.max_margin
         return mma_full_loss(logits, logits_adv, views.y, within, clean_weight=self.clean_weight)
 
+    def take_as_searched(self, batch: Batch) -> None:
+        """The images of an attack on the loss count as boundary points, at the distance they have."""
+        self._crossed = torch.ones(len(batch), dtype=torch.bool, device=batch.x.device)
+        self._norm = self.config.get("attack", {}).get("norm", self._norm)
+
     @property
     def largest(self) -> float:
         """How far a search goes."""

@@ -7,6 +7,9 @@ whole is the sum of these over processes; DistributedDataParallel averages, so t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +22,28 @@ def world_size() -> int:
         >>> world_size()
         1
     """
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+_alone: list[None] = []
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In this block the process is the only one: nothing is gathered, for the others do not come by here.
+
+    Example:
+        >>> with alone():
+        ...     world_size(), rank()
+        (1, 0)
+    """
+    _alone.append(None)
+    try:
+        yield
+    finally:
+        _alone.pop()
 
 
 def rank() -> int:
@@ -29,6 +53,8 @@ def rank() -> int:
         >>> rank()
         0
     """
+    if _alone:
+        return 0
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -28,10 +28,13 @@ class Views:
         batch: `batch.x` is the view "clean"; `batch.views` holds the others.
         taps: names of the network's taps that the loss reads.
         seed: of the noise of stochastic layers, drawn by (seed, view, epoch, batch, place in the global batch).
+        ids: [b] int64 that it is drawn by instead of the places.
     """
 
-    def __init__(self, net: nn.Module, batch: Batch, taps: tuple[str, ...] = (), *, seed: int = 0) -> None:
-        self.net, self.batch, self.seed, self._tap_names = net, batch, seed, taps
+    def __init__(
+        self, net: nn.Module, batch: Batch, taps: tuple[str, ...] = (), *, seed: int = 0, ids: Tensor | None = None
+    ) -> None:
+        self.net, self.batch, self.seed, self._tap_names, self._ids = net, batch, seed, taps, ids
         device = batch.x.device.type
         self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self._logits: dict[str, Tensor] = {}
@@ -55,6 +58,7 @@ class Views:
             device, dtype, enabled = self._autocast
             noise = random.key(self.seed, f"forward {view}", self.batch.epoch, self.batch.batch_idx)
             place = torch.arange(len(self.batch), device=self.batch.y.device) + self.batch.offset
+            place = place if self._ids is None else self._ids
             with random.keyed(place, noise), torch.autocast(device, dtype=dtype, enabled=enabled):
                 if self._tap_names:
                     net: Any = self.net  # a Classifier; Defense.attach has checked its taps
@@ -163,4 +167,8 @@ class Regularizer(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Plain values worth recording beside a result."""
+        return {}
+
+    def alternatives(self) -> dict[str, dict[str, Any]]:
+        """Other ways to serve the trained weights, each evaluated and recorded too: what it is -> the options of it."""
         return {}

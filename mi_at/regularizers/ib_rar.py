@@ -299,6 +299,13 @@ class InformationBottleneck(Regularizer):
         used = {"alpha_used": self._alpha(self._batch_size), "batch": self._batch_size} if self._batch_size else {}
         return {"layers": list(self.chosen), "batch_scale": self.batch_scale, **used}
 
+    def alternatives(self) -> dict[str, dict[str, Any]]:
+        """The network without its mask, or with it where it is tested without."""
+        if not self.mask.fraction or self.mask.applied == "refresh":
+            return {}
+        label = "without the mask" if self.mask.at_test else "with the mask"
+        return {label: {"mask": {"at_test": not self.mask.at_test}}}
+
     @property
     def _on_at_test(self) -> bool:
         return self.mask.applied == "always" and self.mask.at_test

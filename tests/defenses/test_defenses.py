@@ -27,7 +27,12 @@ from tests.callbacks import fits
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # mi_estimators trains no network, and has tests of its own.
 NAMES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml") if path.stem != "mi_estimators")
-VARIANTS = {"mma": ("defense.variant=full",), "mimae": ("defense.adversarial_term=ce", "defense.logit_term=mse")}
+VARIANTS = {
+    "mma": ("defense.variant=full",),
+    "mimae": ("defense.adversarial_term=ce", "defense.logit_term=mse"),
+    "trades": ("recipe=_ib_rar_trades",),
+    "mart": ("recipe=_ib_rar_mart",),
+}
 CASES = [(name, ()) for name in NAMES] + [(name, VARIANTS[name]) for name in NAMES if name in VARIANTS]
 BUDGET = InnerMaximisation(norm="linf", eps=0.1, step_size=0.03, steps=3)
 Compose = Callable[..., Any]
@@ -143,6 +148,26 @@ def test_inner_maximisations_touch_nothing(name: str, compose: Compose) -> None:
     assert defense.net.training
 
 
+def test_trades_as_ib_rars_code_has_it(compose: Compose) -> None:
+    """Another loss, and an attack on the cross-entropy from a uniform start; only what is named differs."""
+    plain, released = build(compose, "trades"), build(compose, "trades", ("recipe=_ib_rar_trades",))
+    assert io.plain(compose(["defense=trades", "recipe=_ib_rar_trades"]))["attack"]["init"] == "uniform"
+    batch = fits.batches(1, 8)[0]
+    x = batch.views["probe"] = (batch.x + 0.1).clamp(0, 1)
+    (inner,) = released.all_adversaries(batch).values()
+    expected = nn.functional.cross_entropy(released.net(x), batch.y, reduction="none")
+    torch.testing.assert_close(inner.objective(x), expected)
+    (divergence,) = plain.all_adversaries(batch).values()
+    assert not torch.allclose(divergence.objective(x), expected)
+    batch.views = {ADVERSARIAL: x}
+    terms = {name: of.all_terms(Views(of.net, batch)) for name, of in (("plain", plain), ("released", released))}
+    assert terms["released"]["kl"].item() == pytest.approx(terms["plain"]["kl"].item() * 0.5 / 6.0)
+    assert terms["released"]["ce"].item() == pytest.approx(expected.mean().item())
+    for option in ("ce_view", "attack_objective"):
+        with pytest.raises(ValueError, match=f"defense.{option}='nat': expected one of"):
+            build(compose, "trades", (f"defense.{option}=nat",))
+
+
 # ---------------------------------------------------------------- what the base adds
 class Three(StandardAT):
     """Three terms of known shares."""
@@ -170,6 +195,36 @@ def test_the_history_of_terms(tmp_path: Path) -> None:
     history = defense.term_history()
     assert history["share/c"] == pytest.approx({"min": 5 / 8, "mean": 5 / 8, "max": 5 / 8})
     assert set(history) == {f"{kind}/{term}" for kind in ("share", "gradient") for term in "abc"}
+    assert defense.reading_history() == defense.settings() == {}
+
+
+class Reading(Regularizer):
+    """Reads the number of its call, and says what it was made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def terms(self, views: Views) -> dict[str, Tensor]:
+        self.calls += 1
+        return {"d": views.logits("adversarial").sum() * 0}
+
+    def readings(self) -> dict[str, Tensor]:
+        return {"calls": torch.tensor(self.calls)}
+
+    def settings(self) -> dict[str, Any]:
+        return {"made_of": ["a", "b"]}
+
+
+def test_the_history_of_readings_and_the_settings_of_terms(tmp_path: Path) -> None:
+    defense = fits.module(defense=StandardAT())
+    added: dict[str, Regularizer] = {"reading": Reading(), "mi": MutualInformation()}
+    defense.attach(defense.net, optimisation=defense.optimisation, regularizers=added)
+    defense.inspect_every = 2
+    fits.fit(tmp_path, [], epochs=2, train=3, val=0, defense=defense)
+    assert defense.reading_history() == {"reading/calls": {"min": 1.0, "mean": 3.0, "max": 5.0}}
+    assert not any("reading/" in name and "calls" in name for name in defense.term_history())
+    assert defense.settings() == {"reading": {"made_of": ["a", "b"]}}
 
 
 def test_one_term_has_no_shares(tmp_path: Path) -> None:

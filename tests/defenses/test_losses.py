@@ -40,6 +40,11 @@ LOSSES: dict[str, tuple[Loss, Literal]] = {
     ),
     "trades-1": pair(trades_loss, ref.trades_loss, beta=1.0),
     "trades-6": pair(trades_loss, ref.trades_loss, beta=6.0),
+    "trades of ib_rar's code": (
+        lambda z, z_adv, y: trades_loss(z, z_adv, y, beta=0.5, ce_view="adversarial"),
+        ref.ib_rar_trades_loss,
+    ),
+    "mart of ib_rar's code": pair(mart_loss, ref.mart_loss, beta=0.5),
     "mart-5": pair(mart_loss, ref.mart_loss, beta=5.0),
     "mart-6": pair(mart_loss, ref.mart_loss, beta=6.0),
     "alp-0.5": pair(alp_loss, ref.alp_loss, alpha=0.5),
@@ -206,6 +211,12 @@ def test_trades_divergence_goes_from_the_clean_to_the_adversarial_output():
     )
     gap = trades_loss(certain, flat, y, beta=2.0)["loss"] - ce_loss(certain, y)["loss"]
     assert float(gap) == pytest.approx(2 * math.log(3), abs=1e-10)
+
+
+def test_trades_of_an_unknown_view():
+    z, z_adv, y = inputs.draw(2, 3, 0)
+    with pytest.raises(ValueError, match="ce_view='both': expected one of clean, adversarial"):
+        trades_loss(z, z_adv, y, beta=1.0, ce_view="both")
 
 
 def test_mart_regulariser_is_nearly_zero_at_equal_logits():

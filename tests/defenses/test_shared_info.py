@@ -474,6 +474,25 @@ def test_at_the_papers_weight_hsic_is_not_inert_and_its_estimate_of_the_mean_is(
     assert all(share < 1e-4 for share in shares["biased"])
 
 
+@pytest.mark.parametrize(("batch", "shrinks"), [(128, True), (64, False)])
+def test_what_the_head_of_the_file_says_of_the_scale(batch: int, shrinks: bool) -> None:
+    """The value does not depend on the scale of z; its gradient does, for the width is a setting."""
+    torch.manual_seed(0)
+    centres = torch.randn(10, 32, dtype=torch.float64)[torch.arange(batch) % 10]
+    z, z_adv = (centres + 0.1 * torch.randn(batch, 32, dtype=torch.float64) for _ in range(2))
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    value = shared_hsic(z * scale, z_adv * scale)
+    (slope,) = torch.autograd.grad(value, scale)
+    assert (slope.item() < -0.5 * value.item()) == shrinks
+    assert (slope.item() > 0.5 * value.item()) != shrinks
+    assert shared_hsic(7 * z, 7 * z_adv).item() == pytest.approx(value.item(), rel=1e-9)
+
+
+def test_the_size_of_z_is_recorded() -> None:
+    assert attached(latent_dim=12).settings() == {"shared_info": {"latent_dim": 12}}
+    assert attached(location="softmax").settings() == {}
+
+
 # ---------------------------------------------------------------- what is refused
 @pytest.mark.parametrize(
     ("options", "message"),
