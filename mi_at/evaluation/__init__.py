@@ -2,6 +2,15 @@
 
 from mi_at.evaluation.evaluate import evaluate, sizes
 from mi_at.evaluation.intervals import wilson
-from mi_at.evaluation.outcomes import AttackResult, EvalAttack, EvaluationError, EvaluationResult
+from mi_at.evaluation.outcomes import AttackResult, EvalAttack, EvaluationError, EvaluationResult, Examples
 
-__all__ = ["AttackResult", "EvalAttack", "EvaluationError", "EvaluationResult", "evaluate", "sizes", "wilson"]
+__all__ = [
+    "AttackResult",
+    "EvalAttack",
+    "EvaluationError",
+    "EvaluationResult",
+    "Examples",
+    "evaluate",
+    "sizes",
+    "wilson",
+]

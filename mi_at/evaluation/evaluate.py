@@ -8,18 +8,18 @@ budget.
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mi_at.attacks.autoattack import forked_rng
-from mi_at.attacks.contexts import attacking
+from mi_at.attacks.packing import BatchSize, Kept, out_of_memory, tensor
 from mi_at.data.batch import Batch
 from mi_at.evaluation.outcomes import (
     CLEAN,
@@ -27,23 +27,22 @@ from mi_at.evaluation.outcomes import (
     EvalAttack,
     EvaluationError,
     EvaluationResult,
+    Examples,
     out_of_reach,
-    radius,
 )
-from mi_at.evaluation.progress import Progress
-from mi_at.functional.geometry import norm
+from mi_at.evaluation.pieces import Pieces, fingerprint
+from mi_at.evaluation.progress import Progress, cost
+from mi_at.evaluation.running import Outcome, Plan, Runner, Samples, logits_of, prepared, says
+from mi_at.evaluation.sharing import helpers
 
-TOLERANCE = 1e-5  # what rounding may add to a budget or to the range [0, 1]
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """The evaluated part of a split: x [N, C, H, W], and y, index and the clean prediction [N]."""
-
-    x: Tensor
-    y: Tensor
-    index: Tensor
-    prediction: Tensor
+SOFTMAX_TOLERANCE = 1e-4  # of a sum of probabilities from 1
+SOFTMAX = (
+    "the network returns a probability distribution, not logits: its softmax hides the gradient, "
+    "and losses that expect logits are weaker than they claim; return what enters the softmax"
+)
+ON_CPU = 128  # samples at once, where it is ours to choose
+MOST = 4096
+BATCHES_OF_A_PIECE = 4  # few enough to lose little when killed, enough to keep the batch full
 
 
 def evaluate(
@@ -54,15 +53,22 @@ def evaluate(
     device: torch.device | str | None = None,
     seed: int = 0,
     n: int | None = None,
-    n_of: Mapping[str, int] | None = None,
-    batch_size: int = 500,
+    n_of: Mapping[str, int | None] | None = None,
+    batch_size: int | str = 500,
     progress: bool = True,
+    num_classes: int | None = None,
+    state: Path | str | None = None,
+    processes: int = 1,
+    active: bool = True,
+    survivors: bool = False,
+    keep: int = 8,
+    keep_images: Sequence[str] = (),
 ) -> EvaluationResult:
     """Accuracy of a network without and under attacks, per sample.
 
-    The samples that are right when clean are packed into batches of `batch_size` over the whole set, so
-    results of attacks that draw their noise by (seed, id) depend neither on the loader's batches nor on
-    `batch_size`.
+    The samples that are right when clean are packed into batches over the whole set, and results of attacks
+    that draw their noise by (seed, id) depend neither on the loader's batches, nor on `batch_size`, `active`,
+    `processes`, nor on a kill.
 
     Args:
         net: images [B, C, H, W] in [0, 1] -> logits [B, K]; moved to `device`.
@@ -73,16 +79,28 @@ def evaluate(
         seed: of the attacks' noise.
         n: evaluate the first n samples; None: all.
         n_of: fewer for some attacks, by name: the first so many.
-        batch_size: samples attacked at once.
+        batch_size: samples attacked at once, or "auto": what fits on the device. Where memory runs out, it
+            halves and the evaluation goes on.
         progress: show it (on standard error).
+        num_classes: what the network must have; None: that is not checked.
+        state: a folder for what is finished: an evaluation that was killed goes on from there, and several
+            processes that are given the same folder share the work. It may hold other evaluations too. None:
+            nothing is kept.
+        processes: that share the work, this one among them; each takes one GPU in turn.
+        active: attack only what is still right, with the batch refilled; off, whole batches: the same result.
+        survivors: an attack gets only what no earlier one of the same norm, eps and n has broken. Its row
+            then is the accuracy under all of them so far, and says so (`of: survivors`).
+        keep: examples per attack.
+        keep_images: attacks whose images of every sample are wanted: they get the wrong ones too, and must
+            return the last iterate of a single start.
 
     Returns:
         The outcomes, on the CPU.
 
     Raises:
-        EvaluationError: images outside [0, 1], logits that are not finite or of the wrong shape, labels the
-            network has no class for, more samples asked than exist, or an attack that broke its contract
-            (named).
+        EvaluationError: images outside [0, 1] or of another shape than the network takes, logits that are not
+            finite or of the wrong shape, labels the network has no class for, more samples asked than exist, a
+            setting out of range, or an attack that broke its contract (named).
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -90,47 +108,50 @@ def evaluate(
         >>> evaluate(net, {}, [batch], progress=False).clean.n
         3
     """
-    if CLEAN in attacks:
-        raise EvaluationError(f"an attack is named {CLEAN!r}, which always is the accuracy without one: rename it")
-    if batch_size < 1:
-        raise EvaluationError(f"batch_size={batch_size}: expected 1 or more")
+    _check_settings(attacks, batch_size, processes, keep, keep_images)
     if device is None:
         device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
     device = torch.device(device)
     net.to(device)
-    with attacking(net), _isolated(seed), net.register_forward_hook(_float32):
-        started = time.perf_counter()
-        samples, num_classes = _clean(net, batches, device, n)
-        counts = sizes(attacks, len(samples.y), n=None, n_of=_at_most(n_of, n))
-        clean = AttackResult(
-            name=CLEAN,
-            description={"attack": CLEAN, "eps": 0.0},
-            label=samples.y,
-            prediction=samples.prediction,
-            distance=torch.zeros(len(samples.y)),
-            seconds=time.perf_counter() - started,
+    with ExitStack() as stack:
+        stack.enter_context(prepared(net, seed))
+        if state is None and processes > 1:
+            state = stack.enter_context(tempfile.TemporaryDirectory(prefix="mi_at-evaluation-"))
+        pieces = Pieces(None if state is None else Path(state))
+        x, y, index = _read(batches, n)
+        counts = sizes(attacks, len(y), n_of=_at_most(n_of, n))
+        key = "" if pieces.folder is None else fingerprint(net, x, y, index)
+        batch = BatchSize(fitting_batch_size(net, x, device) if isinstance(batch_size, str) else batch_size)
+        clean = _clean(net, (x, y, index), pieces, f"clean-{key}", device=device, batch=batch, seed=seed)
+        classes = int(tensor(clean, "classes"))
+        _check_classes(y, classes, num_classes)
+        samples = Samples(x, y, index, tensor(clean, "prediction"))
+        plan = Plan(
+            attacks={name: _for_classes(attack, classes) for name, attack in attacks.items()},
+            counts=counts,
+            samples=samples,
+            seed=seed,
+            batch_size=batch.size,
+            block=_block(pieces, key, batch.size, len(y), processes),
+            key=key,
+            active=active,
+            survivors=survivors,
+            keep=keep,
+            keep_images=tuple(keep_images),
         )
-        results = {}
-        with Progress(sum(counts.values()), enabled=progress) as bar:
-            for name, attack in attacks.items():
-                runs: Any = attack
-                if hasattr(attack, "for_classes"):
-                    runs = attack.for_classes(num_classes)
-                with _isolated(seed):
-                    results[name] = _attack(net, name, runs, samples, counts[name], device, seed, batch_size, bar)
-    return EvaluationResult(
-        index=samples.index,
-        label=samples.y,
-        clean=clean,
-        attacks=results,
-        num_classes=num_classes,
-        seed=seed,
-        batch_size=batch_size,
-    )
+        work = {name: counts[name] * cost(attack.describe()) for name, attack in plan.attacks.items()}
+        bar = stack.enter_context(Progress(work, enabled=progress))
+        runner = Runner(net, plan, device, pieces, bar)
+        if processes > 1 and pieces.folder is not None:
+            stack.enter_context(helpers(net, plan, device, pieces.folder, processes))
+        if pieces.folder is not None:
+            runner.run_free()  # what another process is at can wait until all else is done
+        outcomes = {name: runner.finished(name) for name in plan.attacks}
+    return _result(plan, outcomes, clean, classes=classes, batch_size=runner.batch.size)
 
 
 def sizes(
-    attacks: Iterable[str], available: int, *, n: int | None = None, n_of: Mapping[str, int] | None = None
+    attacks: Iterable[str], available: int, *, n: int | None = None, n_of: Mapping[str, int | None] | None = None
 ) -> dict[str, int]:
     """How many samples each attack runs on; call it before training to refuse what cannot be done.
 
@@ -138,7 +159,7 @@ def sizes(
         attacks: names.
         available: samples in the split.
         n: asked of all; None: all that exist. Where it is below an attack's own number, it wins.
-        n_of: asked of some attacks.
+        n_of: asked of some attacks; None for one: as many as of all.
 
     Returns:
         Attack name -> number of samples.
@@ -150,14 +171,13 @@ def sizes(
         >>> sizes(["pgd", "autoattack"], 360, n_of={"autoattack": 100})
         {'pgd': 360, 'autoattack': 100}
     """
-    names, n_of = list(attacks), dict(n_of or {})
-    if unknown := [name for name in n_of if name not in names]:
+    names = list(attacks)
+    if unknown := [name for name in n_of or {} if name not in names]:
         raise EvaluationError(f"n_of names {', '.join(unknown)}: expected one of {', '.join(names) or '(no attacks)'}")
+    own = {name: count for name, count in (n_of or {}).items() if count is not None}
     everything = available if n is None else n
-    counts = {
-        name: min(n_of[name], n) if n is not None and name in n_of else n_of.get(name, everything) for name in names
-    }
-    for what, count in {"n": everything, **{f"n_of.{name}": counts[name] for name in n_of}}.items():
+    counts = {name: min(own[name], n) if n is not None and name in own else own.get(name, everything) for name in names}
+    for what, count in {"n": everything, **{f"n_of.{name}": counts[name] for name in own}}.items():
         if count < 1:
             raise EvaluationError(f"{what}={count}: expected 1 or more")
         if count > available:
@@ -167,154 +187,72 @@ def sizes(
     return counts
 
 
-def _at_most(n_of: Mapping[str, int] | None, n: int | None) -> dict[str, int]:
-    return {name: count if n is None else min(count, n) for name, count in (n_of or {}).items()}
+def _at_most(n_of: Mapping[str, int | None] | None, n: int | None) -> dict[str, int | None]:
+    return {name: count if n is None or count is None else min(count, n) for name, count in (n_of or {}).items()}
 
 
-def _clean(net: nn.Module, batches: Iterable[Any], device: torch.device, n: int | None) -> tuple[_Samples, int]:
-    """Read the first n samples and predict them; the images stay where the loader left them."""
+def _check_settings(
+    attacks: Mapping[str, EvalAttack], batch_size: int | str, processes: int, keep: int, keep_images: Sequence[str]
+) -> None:
+    if CLEAN in attacks:
+        raise EvaluationError(f"an attack is named {CLEAN!r}, which always is the accuracy without one: rename it")
+    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise EvaluationError(f"batch_size={batch_size}: expected 1 or more, or auto")
+    if processes < 1:
+        raise EvaluationError(f"processes={processes}: expected 1 or more")
+    if keep < 0:
+        raise EvaluationError(f"keep={keep}: expected 0 or more")
+    for name in keep_images:
+        if name not in attacks:
+            raise EvaluationError(f"keep_images names {name}: expected one of {', '.join(attacks) or '(no attacks)'}")
+        if says(attacks[name], "refills"):
+            raise EvaluationError(
+                f"keep_images names {name}, which stops at the first success: where every image is wanted, an attack "
+                "needs iterate=last and restarts=1"
+            )
+    for name, attack in attacks.items():
+        within = _within(name)
+        if says(attack, "minimum_norm") and getattr(attack, "within", None) is not None and within in attacks:
+            raise EvaluationError(f"an attack is named {within!r}, as the second row of {name!r} is: rename it")
+
+
+def _read(batches: Iterable[Any], n: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The first n samples; the images stay where the loader left them."""
     if n is not None and n < 1:
         raise EvaluationError(f"n={n}: expected 1 or more")
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    found, num_classes = 0, 0
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    found = 0
     for batch in batches:
         x, y, index = (batch.x, batch.y, batch.index) if isinstance(batch, Batch) else batch
+        _check_images(x, parts[0][0] if parts else None)
+        for what, values in (("labels", y), ("indices", index)):
+            if values.is_floating_point() or values.ndim != 1 or len(values) != len(x):
+                raise EvaluationError(
+                    f"{what} are {values.dtype} {tuple(values.shape)} for {len(x)} images: expected integers [B]"
+                )
         keep = len(y) if n is None else min(len(y), n - found)
-        x, y, index = x[:keep], y[:keep].cpu(), index[:keep].cpu()
-        _check_images(x)
-        logits = _logits(net, x.to(device), "of clean images")
-        num_classes = logits.shape[1]
-        if int(y.min()) < 0 or int(y.max()) >= num_classes:
-            raise EvaluationError(
-                f"labels lie in [{int(y.min())}, {int(y.max())}], but the network has {num_classes} classes:"
-                " is it a network for another data set?"
-            )
-        parts.append((x, y, index, logits.argmax(dim=1).cpu()))
+        parts.append((x[:keep], y[:keep].cpu().long(), index[:keep].cpu().long()))
         found += keep
         if found == n:
             break
     if n is not None and found < n:
         raise EvaluationError(f"n={n}, but the split has {found} samples: ask for {found} or fewer")
-    if not parts:
+    if not found:
         raise EvaluationError("there are no samples to evaluate: the loader is empty")
     # `cat` copies: tensors a loader made in inference mode could not enter a graph.
-    samples = _Samples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    if len(samples.index.unique()) != found:
+    x, y, index = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if len(index.unique()) != found:
         raise EvaluationError("the loader gave some samples more than once: evaluate without padding or repetition")
-    return samples, num_classes
+    return x, y, index
 
 
-def _attack(
-    net: nn.Module,
-    name: str,
-    attack: EvalAttack,
-    samples: _Samples,
-    n: int,
-    device: torch.device,
-    seed: int,
-    batch_size: int,
-    bar: Progress,
-) -> AttackResult:
-    """Run one attack on those of the first n samples that are right when clean."""
-    started = time.perf_counter()
-    bar.begin(name)
-    description = {**attack.describe(), "name": name}
-    label = samples.y[:n]
-    prediction, distance = samples.prediction[:n].clone(), torch.zeros(n)
-    right = (prediction == label).nonzero().squeeze(1)
-    robust, seen = 0, n - len(right)
-    bar.advance(seen, robust, seen)
-    flags: dict[str, str] = {}
-    options: dict[str, Any] = {}
-    places_at_once = batch_size
-    if whole_set := bool(getattr(attack, "whole_set", False)):
-        places_at_once = max(1, len(right))
-        options = {
-            "on_progress": lambda part, done, total, broken: bar.note(
-                f"{part} {done}/{total}, {100 * (len(right) - broken) / n:.1f} % right of {n}"
-            ),
-            "on_flag": flags.setdefault,
-        }
-    for places in right.split(places_at_once):
-        if not len(places):  # nothing is right when clean
-            break
-        x, y, ids = (t[places.to(t.device)] for t in (samples.x, samples.y, samples.index))
-        # A whole set may not fit on the device: the attack moves its own batches there.
-        at = x.device if whole_set else device
-        x, y, ids = x.to(at), y.to(at), ids.to(at)
-        with attacking(net):  # again: an attack may leave another mode behind
-            x_adv = attack(net, x, y, ids=ids, seed=seed, **options)
-        distance[places] = _check_attacked(x_adv, x, name, description)
-        prediction[places] = _predict(net, x_adv, device, batch_size, name)
-        robust, seen = robust + int((prediction[places] == label[places]).sum()), seen + len(places)
-        bar.advance(len(places), robust, seen)
-    if description.get("fallback"):
-        flags["fallback"] = str(description["fallback"])
-    if out_of_reach(description):
-        flags["reach"] = (
-            f"{description['steps']} steps of {description['step_size']} cannot cross a ball"
-            f" of eps {description['eps']}"
-        )
-    result = AttackResult(
-        name=name,
-        description=description,
-        label=label,
-        prediction=prediction,
-        distance=distance,
-        flags=tuple(sorted(flags)),
-        messages=flags,
-        seconds=time.perf_counter() - started,
-    )
-    bar.end(result.accuracy, n, result.seconds)
-    return result
-
-
-def _check_attacked(x_adv: Tensor, x: Tensor, name: str, description: Mapping[str, Any]) -> Tensor:
-    """The distances [B] on the CPU; raises where the attack broke its contract."""
-    if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or not x_adv.is_floating_point():
-        what = f"{x_adv.dtype} {tuple(x_adv.shape)}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
-        raise EvaluationError(f"attack {name} returned {what}: expected float images {tuple(x.shape)}")
-    delta = x_adv.detach().float() - x.float()
-    if not bool(delta.isfinite().all()):
-        bad = int((~delta.isfinite()).flatten(1).any(dim=1).sum())
-        raise EvaluationError(f"attack {name} returned NaN or infinite pixels in {bad} of {len(x)} images")
-    low, high = (float(value) for value in x_adv.detach().aminmax())
-    if low < -TOLERANCE or high > 1 + TOLERANCE:
-        raise EvaluationError(f"attack {name} left the pixel range: found [{low:.6g}, {high:.6g}], allowed [0, 1]")
-    eps = radius(description)
-    kind = str(description.get("norm") or "linf")
-    moved = norm(delta, kind).cpu()
-    if eps is not None and float(moved.max()) > eps + TOLERANCE:
-        raise EvaluationError(
-            f"attack {name} broke its budget: found {kind} {float(moved.max()):.6g}, allowed {eps:.6g}"
-        )
-    return moved
-
-
-def _predict(net: nn.Module, x: Tensor, device: torch.device, batch_size: int, name: str) -> Tensor:
-    parts = x.detach().split(batch_size)
-    return torch.cat([_logits(net, part.to(device), f"under attack {name}").argmax(dim=1).cpu() for part in parts])
-
-
-def _float32(module: nn.Module, args: Any, logits: Any) -> Any:
-    """A forward hook: half-precision logits are too coarse for a loss, and some attacks fail on them."""
-    return logits.float() if isinstance(logits, Tensor) and logits.dtype.itemsize < 4 else logits
-
-
-def _logits(net: nn.Module, x: Tensor, where: str) -> Tensor:
-    with torch.no_grad():
-        logits = net(x).float()
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise EvaluationError(f"the network gave {tuple(logits.shape)} for {len(x)} images: expected [B, classes]")
-    if not bool(logits.isfinite().all()):
-        bad = int((~logits.isfinite()).any(dim=1).sum())
-        raise EvaluationError(f"the network's logits {where} are NaN or infinite for {bad} of {len(x)} samples")
-    return logits
-
-
-def _check_images(x: Tensor) -> None:
+def _check_images(x: Tensor, first: Tensor | None) -> None:
     if not x.is_floating_point() or x.ndim != 4:
         raise EvaluationError(f"images are {x.dtype} {tuple(x.shape)}: expected float [B, C, H, W] in [0, 1]")
+    if first is not None and x.shape[1:] != first.shape[1:]:
+        raise EvaluationError(f"images are {tuple(x.shape[1:])} after {tuple(first.shape[1:])}: expected one shape")
+    if not len(x):
+        return
     low, high = (float(value) for value in x.aminmax())
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise EvaluationError(
@@ -322,14 +260,158 @@ def _check_images(x: Tensor) -> None:
         )
 
 
-@contextmanager
-def _isolated(seed: int) -> Iterator[None]:
-    """Global random states, torch's and Python's, seeded in the block and as before after it."""
-    state = random.getstate()
-    try:
-        with forked_rng():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(state)
+def _clean(
+    net: nn.Module,
+    samples: tuple[Tensor, Tensor, Tensor],
+    pieces: Pieces,
+    name: str,
+    *,
+    device: torch.device,
+    batch: BatchSize,
+    seed: int,
+) -> Kept:
+    """Predictions without an attack, how many classes there are, and whether the outputs are probabilities."""
+    x, _, index = samples
+
+    def look(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        try:
+            logits = logits_of(net, x.to(device), index.to(device), seed, "of clean images")
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, EvaluationError) or out_of_memory(error):
+                raise
+            raise EvaluationError(f"the network fails on images {tuple(x.shape)}: {error}") from error
+        sums = logits.double().sum(dim=1)
+        probability = (logits >= 0).all(dim=1) & ((sums - 1).abs() < SOFTMAX_TOLERANCE)
+        classes = torch.full((len(x),), logits.shape[1])
+        return logits.argmax(dim=1).cpu(), probability.cpu(), classes
+
+    def compute(number: int) -> Kept:
+        prediction, probability, classes = batch.map(look, x, index)
+        return {"prediction": prediction, "softmax": probability.all(), "classes": classes.max()}
+
+    return next(kept for _, kept in pieces.run([name], compute))
+
+
+def _check_classes(y: Tensor, classes: int, expected: int | None) -> None:
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        raise EvaluationError(
+            f"labels lie in [{int(y.min())}, {int(y.max())}], but the network has {classes} classes:"
+            " is it a network for another data set?"
+        )
+    if expected is not None and classes != expected:
+        raise EvaluationError(
+            f"the network has {classes} classes, the data set {expected}: is it a network for another data set?"
+        )
+
+
+def _for_classes(attack: Any, classes: int) -> EvalAttack:
+    adapted: EvalAttack = attack.for_classes(classes) if hasattr(attack, "for_classes") else attack
+    return adapted
+
+
+def _block(pieces: Pieces, key: str, batch_size: int, n: int, processes: int) -> int | None:
+    """Samples of a piece: what the first sitting chose, for all later ones."""
+    if pieces.folder is None:
+        return None
+    size = BATCHES_OF_A_PIECE * batch_size
+    if processes > 1:
+        size = min(size, math.ceil(n / (2 * processes)))
+    kept = next(kept for _, kept in pieces.run([f"block-{key}"], lambda number: {"size": torch.tensor(size)}))
+    return int(tensor(kept, "size"))
+
+
+def fitting_batch_size(net: nn.Module, x: Tensor, device: torch.device) -> int:
+    """How many samples to attack at once: on a GPU a power of two that fills about half of the free memory.
+
+    Args:
+        net: on `device`.
+        x: [N, C, H, W], of which a few are tried.
+        device: where.
+
+    Returns:
+        1 or more. It is a beginning: where it does not fit after all, it halves.
+    """
+    if device.type != "cuda":
+        return ON_CPU
+    few = min(len(x), 8)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    images = x[:few].to(device).requires_grad_()
+    net(images).sum().backward(inputs=[images])
+    one = max(1, (torch.cuda.max_memory_allocated(device) - before) // few)
+    del images
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = max(1, min(MOST, free // (2 * one)))
+    return int(2 ** math.floor(math.log2(fits)))
+
+
+def _result(
+    plan: Plan, outcomes: Mapping[str, Outcome], clean: Kept, *, classes: int, batch_size: int
+) -> EvaluationResult:
+    samples = plan.samples
+    doubts = {"softmax": SOFTMAX} if bool(tensor(clean, "softmax")) else {}
+    rows: dict[str, AttackResult] = {}
+    examples: dict[str, Examples] = {}
+    for name, outcome in outcomes.items():
+        attack, label = plan.attacks[name], samples.y[: plan.counts[name]]
+        description = {**attack.describe(), "name": name}
+        if plan.before(name):
+            description["of"] = "survivors"
+        if says(attack, "batch_coupled"):
+            description["batch_size"] = getattr(attack, "batch_size", None) or plan.batch_size
+        flags = {**outcome.flags, **doubts}
+        if description.get("fallback"):
+            flags["fallback"] = str(description["fallback"])
+        if not says(attack, "minimum_norm") and out_of_reach(description):
+            flags["reach"] = (
+                f"{description['steps']} steps of {description['step_size']} cannot cross a ball"
+                f" of eps {description['eps']}"
+            )
+        row = rows[name] = AttackResult(
+            name=name,
+            description=description,
+            label=label,
+            prediction=outcome.prediction,
+            distance=outcome.distance,
+            flags=tuple(sorted(flags)),
+            messages=flags,
+            seconds=outcome.seconds,
+        )
+        examples[name] = outcome.examples
+        within = getattr(attack, "within", None) if says(attack, "minimum_norm") else None
+        if within is not None:
+            reached = outcome.distance <= within
+            name = _within(name)
+            rows[name] = replace(
+                row,
+                name=name,
+                description={**description, "name": name, "eps": within},
+                prediction=torch.where(reached, outcome.prediction, samples.prediction[: len(label)]),
+                distance=torch.where(reached, outcome.distance, 0.0),
+                seconds=0.0,
+            )
+            examples[name] = outcome.within
+    return EvaluationResult(
+        index=samples.index,
+        label=samples.y,
+        clean=AttackResult(
+            name=CLEAN,
+            description={"attack": CLEAN, "eps": 0.0},
+            label=samples.y,
+            prediction=samples.prediction,
+            distance=torch.zeros(len(samples.y)),
+            flags=tuple(sorted(doubts)),
+            messages=doubts,
+            seconds=float(tensor(clean, "seconds")),
+        ),
+        attacks=rows,
+        num_classes=classes,
+        seed=plan.seed,
+        batch_size=batch_size,
+        examples=examples,
+        images={name: outcome.images for name, outcome in outcomes.items() if outcome.images is not None},
+    )
+
+
+def _within(name: str) -> str:
+    return f"{name} within"

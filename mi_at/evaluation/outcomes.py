@@ -18,10 +18,19 @@ CLEAN = "clean"
 class EvalAttack(Protocol):
     """An attack as the evaluator calls it: settings inside, noise drawn by (seed, id).
 
-    An attack with a true class attribute `whole_set` gets all samples in one call (its result depends on how
-    they are batched, so it batches them itself), and `on_progress` and `on_flag` as
-    `mi_at.attacks.autoattack.AutoAttack` takes them. One with a method `for_classes(num_classes)` is replaced
-    by what that returns.
+    It may say more of itself by true class attributes (or fields), all of them false where they are missing:
+
+    - `refills`: it batches samples itself and refills its batch: it gets many at once, and `packing=`
+      (`mi_at.attacks.packing.Packing`).
+    - `whole_set`: its result depends on how samples are batched, so it batches them itself: it gets all in one
+      call, and `on_progress` and `on_flag` as `mi_at.attacks.autoattack.AutoAttack` takes them. With `shares`
+      too it gets `steps=` (`mi_at.attacks.packing.Steps`), through which its batches are kept and shared.
+    - `batch_coupled`: its objective couples the batch: fixed blocks of its own `batch_size` (or the
+      evaluation's), in the order of the split, samples that are wrong when clean among them.
+    - `minimum_norm`: it returns the nearest adversarial image it found, however far, and the clean one where it
+      found none. It gives a second row, "<name> within", where its `within` is set.
+
+    One with a method `for_classes(num_classes)` is replaced by what that returns.
     """
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
@@ -29,8 +38,34 @@ class EvalAttack(Protocol):
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """Plain values; `norm` and `eps` are checked on what the attack returned (no eps: only the range)."""
+        """Plain values; `norm` and `eps` are checked on what the attack returned.
+
+        Without an eps, or with a norm other than linf and l2, only the range is.
+        """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Broken samples, those with the highest confidence in the wrong class first.
+
+    Attributes:
+        index: [k] int64, places in the split.
+        label: [k] int64.
+        clean_prediction: [k] int64, equal to the label: only what was right when clean can be broken.
+        prediction: [k] int64, under the attack.
+        confidence: [k] float32, the softmax probability of `prediction`.
+        x: [k, C, H, W] float32 in [0, 1], the clean images.
+        x_adv: [k, C, H, W] float32 in [0, 1].
+    """
+
+    index: Tensor
+    label: Tensor
+    clean_prediction: Tensor
+    prediction: Tensor
+    confidence: Tensor
+    x: Tensor
+    x_adv: Tensor
 
 
 class EvaluationError(ValueError):
@@ -46,10 +81,10 @@ class AttackResult:
         description: what `describe()` said.
         label: [n] int64.
         prediction: [n] int64 on the attacked image; the clean one where that was wrong already.
-        distance: [n] float32, how far the image moved in the attack's norm (l_inf where it has none).
+        distance: [n] float32, how far the image moved in the attack's norm (l_inf where it has none or another).
         flags: names of what is doubtful about the number, e.g. "reach".
         messages: a sentence per flag, where there is one.
-        seconds: wall-clock time.
+        seconds: of computing, over all processes and sittings.
     """
 
     name: str
@@ -104,10 +139,13 @@ class EvaluationResult:
         index: [N] int64, the samples' places in the split, in the order they were evaluated.
         label: [N] int64.
         clean: the result without an attack, on all N.
-        attacks: by name, in the order they ran; each on the first n of the N.
+        attacks: by name, in the order they ran, each on the first n of the N; a minimum-norm attack that has a
+            `within` is followed by its second row, "<name> within".
         num_classes: of the network.
         seed: of the attacks' noise.
-        batch_size: images attacked at once.
+        batch_size: images attacked at once, in the end.
+        examples: by name, as `attacks`: the strongest few of what the attack itself broke.
+        images: by name, [n, C, H, W] float32, where they were asked for: the attacked image of every sample.
     """
 
     index: Tensor
@@ -117,6 +155,8 @@ class EvaluationResult:
     num_classes: int
     seed: int
     batch_size: int
+    examples: Mapping[str, Examples] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> AttackResult:
         """The result of one attack, or of "clean".
@@ -132,7 +172,7 @@ class EvaluationResult:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time of everything."""
+        """Of computing everything, over all processes and sittings."""
         return self.clean.seconds + sum(result.seconds for result in self.attacks.values())
 
     def rows(self) -> list[AttackResult]:
@@ -168,6 +208,7 @@ class EvaluationResult:
         flags = {flag for member in members for flag in member.flags}
         if not all("reach" in member.flags for member in members):
             flags.discard("reach")
+        messages = {flag: text for member in reversed(members) for flag, text in member.messages.items()}
         return AttackResult(
             name="worst of " + ", ".join(member.name for member in members),
             description={
@@ -180,6 +221,7 @@ class EvaluationResult:
             prediction=prediction,
             distance=distance,
             flags=tuple(sorted(flags)),
+            messages={flag: messages[flag] for flag in sorted(flags) if flag in messages},
             seconds=sum(member.seconds for member in members),
         )
 

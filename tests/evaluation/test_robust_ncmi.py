@@ -106,6 +106,21 @@ def test_the_value_does_not_fall_and_is_that_of_the_images(quantity: str, norm: 
     assert found.clean == pytest.approx(clean(probabilities(net, x), y, K).item(), abs=1e-6)
 
 
+def test_a_round_starts_at_the_best_so_far_not_at_the_last() -> None:
+    """Steps across the whole ball, which end beside the best of what was met on the way."""
+    net, (x, y) = network(), images()
+    options: dict[str, Any] = {"eps": 0.2, "step_size": 0.4, "steps": 1, "quantity": "separation"}
+    after_one = robust_ncmi(net, x, y, rounds=1, **options).x_adv
+    seen: list[Tensor] = []
+    net.register_forward_pre_hook(lambda module, images: seen.append(images[0].detach().clone()))
+    robust_ncmi(net, x, y, rounds=2, **options)
+    # The clean images; then of each round its start, the start once more for the gradient, and its end.
+    assert len(seen) == 1 + 2 * 3
+    assert torch.equal(seen[0], x)
+    assert torch.equal(seen[4], after_one)
+    assert not torch.equal(seen[3], after_one)
+
+
 @pytest.mark.parametrize("quantity", ["ncmi", "cmi", "separation"])
 def test_it_finds_what_brute_force_finds(quantity: str) -> None:
     """Four images of one pixel, every joint choice of 9 points of the ball."""
