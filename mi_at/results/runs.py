@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mi_at.results.records import config_hash
+from mi_at.results.records import RecordError, config_hash, read_record
 
 RECORD = "record.json"
 CONFIG = "config.json"
@@ -25,6 +27,21 @@ NOT_TRAINING = ("evaluation", "select")
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked; the message says what to do."""
+
+
+class RunBusyError(RunError):
+    """Another process is at this run, or has just been: whoever shares work with it comes back later.
+
+    Attributes:
+        folder: of the run.
+    """
+
+    def __init__(self, text: str, folder: str) -> None:
+        super().__init__(text, folder)  # both, so that it can be pickled
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class Run:
 
         Raises:
             OSError: it cannot be written.
-            RunError: another process trains in it.
+            RunBusyError: another process trains in it, or has done so since `find_run` looked.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +84,21 @@ class Run:
             raise OSError(
                 f"cannot write the run folder {self.folder}: {why}; choose another runs= or run_dir="
             ) from error
-        if alone:
-            _keep(self.folder)
+        if alone and _keep(self.folder) and self._moved_on():
+            self.let_go()
+            text = f"another process has trained in {self.folder} meanwhile: start this one again"
+            raise RunBusyError(text, str(self.folder))
+
+    def let_go(self) -> None:
+        """Let other processes have the folder; where this one never kept it, nothing happens."""
+        handle = _kept.pop(self.folder.resolve(), None)
+        if handle is not None:
+            os.close(handle)
+
+    def _moved_on(self) -> bool:
+        """Whether there is more in the folder than `find_run` found."""
+        state = _state(self.folder, self.record)
+        return STATES.index(state) > STATES.index(self.state)
 
     @property
     def last(self) -> Path:
@@ -95,6 +125,8 @@ def find_run(
     processes: int | None = None,
 ) -> Run:
     """Find the run folder of a configuration and what can be done in it; nothing is written (see `Run.make`).
+
+    A record that cannot be read is set aside, and said: the run is evaluated again.
 
     Args:
         config: resolved configuration, plain values.
@@ -123,15 +155,32 @@ def find_run(
     elif path.is_dir() and any(path.iterdir()):
         raise RunError(f"{path} is not empty and holds no run of mi_at: choose another run_dir=")
     record = _place_of_record(config, path, processes)
-    state = "resumed" if (path / LAST).is_file() else "new"
-    if (path / TRAINED).is_file():
-        state = "finished" if record.is_file() else "trained"
+    state = _state(path, record)
     if state == "resumed" and not resume:
         raise RunError(
             f"{path} holds an unfinished run of this configuration: resume=true continues it; delete the folder to"
             " start anew"
         )
     return Run(path, key, digest, state, record)
+
+
+def wait_for_others(folder: str | Path) -> None:
+    """Sleep until no other process keeps a run folder; return at once where it has none or no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
+    finally:
+        os.close(handle)
+
+
+def let_go_of_all() -> None:
+    """Let other processes have every folder that this one still keeps, such as those of runs that failed."""
+    while _kept:
+        os.close(_kept.popitem()[1])
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -148,32 +197,62 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         raise
 
 
+STATES = ("new", "resumed", "trained", "finished")
+
+
+def _state(folder: Path, record: Path) -> str:
+    """How far a run is, one of `STATES`."""
+    if (folder / TRAINED).is_file():
+        return "finished" if record.is_file() else "trained"
+    return "resumed" if (folder / LAST).is_file() else "new"
+
+
 _kept: dict[Path, int] = {}
 
 
-def _keep(folder: Path) -> None:
-    """Lock a folder; the system lets go of it when the process ends, however it does."""
+def _keep(folder: Path) -> bool:
+    """Lock a folder; the system lets go of it when the process ends, however it does.
+
+    Returns:
+        Whether it was not kept before.
+    """
     folder = folder.resolve()
     if folder in _kept:
-        return
+        return False
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return  # a file system without locks
-        raise RunError(f"another process is training in {folder}: wait for it, or choose another run_dir=") from error
+            return False  # a file system without locks
+        text = f"another process is training in {folder}: wait for it, or choose another run_dir="
+        raise RunBusyError(text, str(folder)) from error
     _kept[folder] = handle
+    return True
 
 
 def _place_of_record(config: Mapping[str, Any], folder: Path, processes: int | None) -> Path:
     """Where this evaluation's record is or will be: nothing another evaluation wrote is replaced."""
     digest = config_hash(config, processes=processes)
     first = folder / RECORD
+    _set_aside_damaged(first)
+    _set_aside_damaged(folder / EVALUATIONS / f"{config['choices']['evaluation']}-{digest}" / RECORD)
     if not first.is_file() or _read_hash(first, "config_hash") == digest:
         return first
     return folder / EVALUATIONS / f"{config['choices']['evaluation']}-{digest}" / RECORD
+
+
+def _set_aside_damaged(path: Path) -> None:
+    """Rename a record that cannot be read."""
+    if not path.is_file():
+        return
+    try:
+        read_record(path)
+    except RecordError as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        print(f"{error}; it is {aside.name} now, and the run is evaluated again", file=sys.stderr)
 
 
 def _read_hash(path: Path, key: str = "hash") -> str:

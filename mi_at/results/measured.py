@@ -1,0 +1,349 @@
+"""A table filled: which records belong to its cells, what they say, and which are set aside and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mi_at.evaluation.audit_findings import SEVERITIES
+from mi_at.evaluation.outcomes import CLEAN
+from mi_at.results.records import (
+    AttackRecord,
+    Record,
+    RecordError,
+    config_hash,
+    hashed_part,
+    read_record,
+    run_key,
+)
+from mi_at.results.reported import Reported
+from mi_at.results.tables import Cell, Table, TableError
+
+RECORD = "record.json"
+WITHIN = " within"
+NOT_SETTINGS = ("name", "surrogate")
+SHOWN_DIFFERENCES = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record and where it lies.
+
+    Attributes:
+        path: of the record.
+        record: read and checked.
+    """
+
+    path: Path
+    record: Record
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a cell is, composed.
+
+    Attributes:
+        config: resolved.
+        attacks: what each row of its evaluation says of itself, by name.
+    """
+
+    config: Mapping[str, Any]
+    attacks: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number of the table, printed and measured.
+
+    Attributes:
+        cell: its name; row: as printed; dataset and model: of the cell.
+        column: the print's name of the attack, or ours where the print has none; attack: ours.
+        reported: the printed number; None where there is none.
+        values: measured accuracies in per cent by seed; empty where nothing was run.
+        n: images that they are of.
+        flags: what is doubtful about them.
+        audit: the gravest verdict over the seeds; None where none was audited.
+    """
+
+    cell: str
+    row: str
+    dataset: str
+    model: str
+    column: str
+    attack: str
+    reported: Reported | None
+    values: Mapping[int, float]
+    n: int | None
+    flags: tuple[str, ...]
+    audit: str | None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the seeds, in per cent."""
+        return float(np.mean(list(self.values.values()))) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of a single run over the seeds, in points; None below two."""
+        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        """Measured minus printed, in points."""
+        printed = self.reported.value if self.reported else None
+        return None if self.mean is None or printed is None else self.mean - printed
+
+
+@dataclass
+class Filled:
+    """A table with what was measured.
+
+    Attributes:
+        table: what it is.
+        budget: of all its measured numbers.
+        lines: in the order of cells and columns.
+        aside: records that are not in it, a sentence each.
+    """
+
+    table: Table
+    budget: str
+    lines: list[Line] = field(default_factory=list)
+    aside: list[str] = field(default_factory=list)
+
+
+def find_records(folders: Iterable[str | Path]) -> tuple[list[Found], list[str]]:
+    """All records below some folders.
+
+    Args:
+        folders: those that do not exist are passed over.
+
+    Returns:
+        The records, by path, and a sentence for each that cannot be read.
+    """
+    found, damaged = [], []
+    for folder in folders:
+        for path in sorted(Path(folder).rglob(RECORD)):
+            try:
+                found.append(Found(path, read_record(path)))
+            except RecordError as error:
+                damaged.append(f"damaged: {error}")
+    return found, damaged
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """The hash of a configuration in which the seed of training does not count.
+
+    Example:
+        >>> identity({"seed": 0, "dataset": {"seed": 0}}) == identity({"seed": 1, "dataset": {"seed": 1}})
+        True
+        >>> identity({"seed": 0, "dataset": {"seed": 7}}) == identity({"seed": 0, "dataset": {"seed": 0}})
+        False
+    """
+    own = (config.get("dataset") or {}).get("seed") == config.get("seed")
+    return config_hash(config, without=("seed", "dataset.seed") if own else ("seed",))
+
+
+def fill(
+    table: Table,
+    planned: Mapping[str, Planned],
+    numbers: Iterable[Reported],
+    found: Sequence[Found],
+    *,
+    seeds: Sequence[int] | None = None,
+) -> Filled:
+    """Put records into a table, by the hash of their configuration and by nothing else.
+
+    Args:
+        table: with the cells that are wanted.
+        planned: their configurations, by cell.
+        numbers: the paper's printed ones.
+        found: records; of several of one configuration and seed the first is taken.
+        seeds: those that count; None: all.
+
+    Raises:
+        TableError: a column that no cell has an attack for, or cells of different budgets.
+    """
+    budgets = {str(plan.config["budget"]) for plan in planned.values()}
+    if len(budgets) > 1:
+        raise TableError(
+            f"table {table.name}: cells of budget {' and '.join(sorted(budgets))}: a table never mixes them"
+        )
+    filled = Filled(table, budgets.pop())
+    of = {name: identity(plan.config) for name, plan in planned.items()}
+    known = set(of.values())
+    hashes = [identity(each.record.config) for each in found]
+    printed = table.numbers(numbers)
+    used: set[Path] = set()
+    for name, cell in table.cells.items():
+        own = [each for each, hashed in zip(found, hashes, strict=True) if hashed == of[name]]
+        records = _one_a_seed(own, seeds, filled.aside, used)
+        used |= {each.path for each in own}
+        _fill_cell(filled, cell, planned[name], printed[name], records)
+    others = [each for each, hashed in zip(found, hashes, strict=True) if hashed not in known]
+    _list_others(filled, planned, others)
+    _never_mix_n(filled)
+    return filled
+
+
+def _one_a_seed(own: Sequence[Found], seeds: Sequence[int] | None, aside: list[str], used: set[Path]) -> list[Found]:
+    """A record per seed; a second one whose numbers differ is listed."""
+    taken: dict[int, Found] = {}
+    for each in own:
+        seed = each.record.seed
+        if seeds is not None and seed not in seeds:
+            continue
+        first = taken.setdefault(seed, each)
+        if first is not each and each.path not in used and _numbers(first.record) != _numbers(each.record):
+            aside.append(f"a second run of seed {seed}: {each.path} differs from {first.path}, which is shown")
+    return [taken[seed] for seed in sorted(taken)]
+
+
+def _numbers(record: Record) -> list[tuple[str, int, int]]:
+    return [(row.name, row.n, row.correct) for row in record.attacks]
+
+
+def _fill_cell(
+    filled: Filled, cell: Cell, plan: Planned, printed: Mapping[str, Reported], records: Sequence[Found]
+) -> None:
+    choices, table = plan.config["choices"], filled.table
+    columns: list[tuple[str, str, Reported | None]]
+    columns = [(column, table.columns[column], number) for column, number in printed.items()]
+    columns += [(attack, attack, None) for attack in table.more if attack in plan.attacks]
+    for column, attack, number in columns:
+        if attack not in plan.attacks:
+            raise TableError(
+                f"table {table.name}: column {column}: evaluation={choices['evaluation']} of cell {cell.name} has no "
+                f"{attack}: expected one of {', '.join(plan.attacks)}"
+            )
+        rows: dict[int, AttackRecord] = {}
+        audits = []
+        for each in records:
+            row = next((row for row in each.record.attacks if row.name == attack), None)
+            if wrong := _unlike(row, attack, plan, each.record):
+                filled.aside.append(f"refused: {each.path}: {attack}: {wrong}")
+            elif row is not None:
+                rows[each.record.seed] = row
+                audits += [each.record.audit["verdict"]] if each.record.audit else []
+        flags = [flag for row in rows.values() for flag in row.flags]
+        flags += [
+            f"{each.record.processes} processes"
+            for each in records
+            if each.record.processes > 1 and each.record.seed in rows
+        ]
+        filled.lines.append(
+            Line(
+                cell=cell.name,
+                row=cell.row,
+                dataset=str(choices["dataset"]),
+                model=str(choices["model"]),
+                column=column,
+                attack=attack,
+                reported=number,
+                values={seed: 100 * row.accuracy for seed, row in rows.items()},
+                n=next(iter(rows.values())).n if rows else None,
+                flags=tuple(dict.fromkeys(flags)),
+                audit=min(audits, key=SEVERITIES.index, default=None),
+            )
+        )
+
+
+def _unlike(row: AttackRecord | None, attack: str, plan: Planned, record: Record) -> str | None:
+    """What makes a row another measurement than its column is of; None where nothing does."""
+    if row is None:
+        return "the record lacks it"
+    expected, evaluation = plan.attacks[attack], plan.config["evaluation"]
+    for setting in sorted((expected.keys() & row.description.keys()) - set(NOT_SETTINGS)):
+        if _plain(expected[setting]) != _plain(row.description[setting]):
+            return f"{setting} {row.description[setting]}, the column's is {expected[setting]}"
+    for setting in ("attack", "norm", "eps", "steps", "step_size"):
+        if attack != CLEAN and _plain(getattr(row, setting)) != _plain(expected.get(setting)):
+            return f"{setting} {getattr(row, setting)}, the column's is {expected.get(setting)}"
+    n = evaluation["n_of"].get(attack.removesuffix(WITHIN)) or evaluation["n"] or record[CLEAN].n
+    if row.n != n:
+        return f"n {row.n}, the column's is {n}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back; numbers to twelve digits."""
+    if isinstance(value, float):
+        return value if not math.isfinite(value) else float(f"{value:.12g}")
+    return json.loads(json.dumps(value)) if isinstance(value, list | tuple) else value
+
+
+def _list_others(filled: Filled, planned: Mapping[str, Planned], others: Sequence[Found]) -> None:
+    """Say which records are of this table's cells, but of another version of them or of another budget."""
+    elsewhere: Counter[str] = Counter()
+    for each in others:
+        record = each.record
+        if record.checkpoint.get("served"):  # the same run without a mask, say
+            continue
+        cell = next((name for name, plan in planned.items() if _is_of(record, filled.table.name, name, plan)), None)
+        if cell is None:
+            continue
+        if record.budget != filled.budget:
+            elsewhere[record.budget] += 1
+            continue
+        changed = [
+            f"{key} {there} (now {here})"
+            for key, there, here in differences(record.config, planned[cell].config)
+            if key not in ("seed", "dataset.seed")
+        ]
+        more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
+        said = ", ".join(changed[:SHOWN_DIFFERENCES]) + more
+        filled.aside.append(f"another version of {cell}: {each.path}: {said}")
+    filled.aside += [
+        f"{count} record{'s' * (count > 1)} of budget {budget}: budget={budget} shows {'them' if count > 1 else 'it'}"
+        for budget, count in sorted(elsewhere.items())
+    ]
+
+
+def _is_of(record: Record, table: str, cell: str, plan: Planned) -> bool:
+    """Whether a record was meant for a cell: by its tags, or, without any, by what was chosen."""
+    tags = record.tags.get("tags") or []
+    if tags:
+        return table in tags and cell in tags
+    choices = plan.config["choices"]
+    alike = all(record.names.get(group) == choices[group] for group in ("evaluation", "dataset", "model"))
+    return alike and record.key == run_key({**plan.config, "seed": record.seed}, choices)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Keys in which two configurations differ so that a number can, with both values; "-" for a key that is missing.
+
+    Example:
+        >>> differences({"optim": {"lr": 0.1}, "runs": "a"}, {"optim": {"lr": 0.2}, "runs": "b", "seed": 0})
+        [('optim.lr', 0.1, 0.2), ('seed', '-', 0)]
+    """
+    one, two = _flat(hashed_part(there)), _flat(hashed_part(here))
+    pairs = [(key, one.get(key, "-"), two.get(key, "-")) for key in sorted(one.keys() | two.keys())]
+    return [pair for pair in pairs if config_hash({"value": pair[1]}) != config_hash({"value": pair[2]})]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def _never_mix_n(filled: Filled) -> None:
+    """Of one attack on one data set only the most frequent n stays."""
+    counts: dict[tuple[str, str], Counter[int]] = {}
+    for line in filled.lines:
+        if line.n is not None:
+            counts.setdefault((line.attack, line.dataset), Counter())[line.n] += 1
+    for place, line in enumerate(filled.lines):
+        if line.n is None:
+            continue
+        usual = counts[line.attack, line.dataset].most_common(1)[0][0]
+        if line.n != usual:
+            filled.aside.append(f"refused: {line.cell}: {line.attack}: n {line.n}, the other cells' is {usual}")
+            filled.lines[place] = Line(**{**vars(line), "values": {}, "n": None, "flags": (), "audit": None})

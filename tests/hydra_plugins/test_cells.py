@@ -1,0 +1,126 @@
+"""The sweeper of tables, by its command: what runs, what is skipped, what fails, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import TINY, Done, command
+from tests.own_table import search, write_table
+
+CELLS = {
+    "TRADES": ["defense=trades"],
+    "negative": ["defense=trades", "defense.beta=-1"],
+    "plain": ["defense=standard_at"],
+}
+
+
+def sweep(folder: Path, *typed: str, name: str = "own") -> Done:
+    return command(folder, "-m", search(folder), f"table={name}", *TINY, *typed)
+
+
+def records(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted((folder / "runs").glob("*/record.json"))}
+
+
+def lines_of_jobs(done: Done) -> list[str]:
+    return [line for line in done.out.splitlines() if "#" in line and "cell=" in line]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A table of three cells, of which the second fails, with two seeds."""
+    folder = tmp_path_factory.mktemp("swept")
+    write_table(folder, cells=CELLS, seeds=[0, 1])
+    return folder, sweep(folder)
+
+
+def test_every_cell_runs_with_every_seed_and_one_that_fails_stops_no_other(swept: tuple[Path, Done]) -> None:
+    folder, done = swept
+    keys = [json.loads(path.read_text())["key"] for path in records(folder)]
+    assert sorted(keys) == sorted(
+        f"{defense}-digits-cnn_tiny-s{seed}" for defense in ("trades", "standard_at") for seed in (0, 1)
+    )
+    assert done.code == 1
+    said = done.err.splitlines()
+    place = said.index("2 of 6 runs of table own failed:")
+    assert said[place + 1].startswith("  negative seed=0: defense.beta=-1")
+    assert said[place + 2].startswith("  negative seed=1: defense.beta=-1")
+    assert "Traceback" not in done.err
+
+
+def test_the_whole_table_runs_with_one_seed_before_the_next(swept: tuple[Path, Done]) -> None:
+    order = [(line.split("cell=")[1].split()[0], line.split("seed=")[1][0]) for line in lines_of_jobs(swept[1])]
+    assert order == [(cell, seed) for seed in "01" for cell in CELLS]
+
+
+def test_what_is_finished_is_not_run_again_and_a_record_says_where_it_belongs(swept: tuple[Path, Done]) -> None:
+    folder, _ = swept
+    before = records(folder)
+    again = sweep(folder, "table.rows=[TRADES,plain]", "seed=0")
+    assert again.code == 0, again.err
+    assert records(folder) == before
+    assert again.out.count("(finished)") == 2
+    tags = [json.loads(path.read_text())["tags"]["tags"] for path in before]
+    assert sorted(map(tuple, tags)) == sorted([("own", "TRADES"), ("own", "plain")] * 2)
+
+
+def test_a_damaged_record_is_set_aside_and_the_run_evaluated_again(swept: tuple[Path, Done], tmp_path: Path) -> None:
+    folder, _ = swept
+    write_table(tmp_path, cells={"plain": ["defense=standard_at"]}, seeds=[0])
+    assert sweep(tmp_path).code == 0
+    (record,) = records(tmp_path)
+    whole = json.loads(record.read_text())
+    record.write_text(record.read_text()[:500])
+    weights = (record.parent / "last.ckpt").stat().st_mtime_ns
+    done = sweep(tmp_path)
+    assert done.code == 0, done.err
+    assert "not a whole record" in done.err
+    assert (record.parent / "record.json.damaged").is_file()
+    assert json.loads(record.read_text())["attacks"] == [
+        {**row, "seconds": new["seconds"]}
+        for row, new in zip(whole["attacks"], json.loads(record.read_text())["attacks"], strict=True)
+    ]
+    assert (record.parent / "last.ckpt").stat().st_mtime_ns == weights, "it is not trained again"
+    assert folder != tmp_path
+
+
+REFUSED = {
+    ("table.rows=[TRADE]",): "table.rows=[TRADE]: table own has TRADES, negative, plain; did you mean TRADES?",
+    ("defense=mart",): "defense= cannot be typed beside table=own: its cell TRADES is defense=trades",
+    ("cell=TRADES",): "cell= is the table's own",
+    ("defense.bta=1",): "defense.bta",
+}
+
+
+@pytest.mark.parametrize("typed", REFUSED, ids=" ".join)
+def test_what_cannot_be_asked_is_said_before_anything_runs(typed: tuple[str, ...], tmp_path: Path) -> None:
+    write_table(tmp_path, cells=CELLS, seeds=[0])
+    done = sweep(tmp_path, *typed)
+    assert done.code == 1
+    assert REFUSED[typed] in done.err
+    assert not (tmp_path / "runs").exists() or not records(tmp_path)
+
+
+def test_an_unknown_table_names_those_there_are(tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", "table=mimae_t55", *TINY)
+    assert done.code == 1
+    assert "table=mimae_t55: expected one of " in done.err
+    assert "did you mean mimae_t5?" in done.err
+
+
+def test_a_table_is_no_single_run(tmp_path: Path) -> None:
+    done = command(tmp_path, "table=mimae_t5")
+    assert done.code == 1
+    assert "table=mimae_t5 is 4 runs (standard_at, trades, mart, mimae): give -m too" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_typed_values_win_over_those_of_a_cell(tmp_path: Path) -> None:
+    write_table(tmp_path, cells={"TRADES": ["defense=trades", "defense.beta=2"]}, seeds=[0, 1])
+    assert sweep(tmp_path, "defense.beta=3", "seed=5").code == 0
+    (record,) = records(tmp_path)
+    config = json.loads(record.read_text())["config"]
+    assert (config["defense"]["beta"], config["seed"]) == (3, 5)

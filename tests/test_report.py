@@ -1,0 +1,272 @@
+"""python -m mi_at.report: which records stand in a table, what is said of the others, and how it is shown."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mi_at import report
+from mi_at.results.measured import Filled, Line, identity
+from mi_at.results.records import Record, make_record, write_record
+from mi_at.results.tables import TableError
+from tests.own_table import search, write_table
+from tests.results.makers import evaluation
+
+SHARED = [
+    "dataset=digits",
+    "model=cnn_tiny",
+    "evaluation=chosen",
+    "evaluation/attacks=[fgsm,pgd_20]",
+    "evaluation.eps=0.02",
+    "evaluation.step_size=0.00025",
+    "evaluation.n=40",
+    "+evaluation.n_of.pgd_20=20",
+]
+COLUMNS = {"clean": "clean", "fgsm": "fgsm", "pgd20": "pgd_20"}
+CELLS = {"TRADES": ["defense=trades"], "MART": ["defense=mart"], "MIMAE-AT": ["defense=mimae"]}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a table and an empty folder of records."""
+    write_table(tmp_path, cells=CELLS, seeds=[0], shared=SHARED, columns=COLUMNS, number=5)
+    (tmp_path / "runs").mkdir()
+    return tmp_path
+
+
+def shown(place: Path, *typed: str, folders: list[Path] | None = None) -> Filled:
+    return report.report([search(place), "table=own", *typed], folders or [place / "runs"])
+
+
+def planned(place: Path, cell: str, *typed: str) -> dict[str, Any]:
+    """A cell's configuration, as its run would have it."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from mi_at import io
+
+    io.register_resolvers()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(io.conf_dir(), version_base="1.3"):
+        _, jobs = report.composed([search(place), "table=own", f"table.rows=[{cell}]", *typed])
+        return dict(report.plan_of(jobs[0]).config)
+
+
+def measured(place: Path, cell: str, *typed: str, name: str = "run", eps: float = 0.02, **changes: Any) -> Record:
+    """A record of a cell in runs/<name>/."""
+    config, result = planned(place, cell, *typed), evaluation(eps=eps)
+    made = make_record(
+        result, config=config, checkpoint={"rule": "last"}, names=config["choices"], tags={"tags": config["tags"]}
+    )
+    made = replace(made, **changes)
+    write_record(place / "runs" / name / "record.json", made, result)
+    return made
+
+
+def line(filled: Filled, cell: str, attack: str) -> Line:
+    (found,) = (each for each in filled.lines if (each.cell, each.attack) == (cell, attack))
+    return found
+
+
+# ---------------------------------------------------------------- what stands in it
+def test_reported_beside_measured(place: Path) -> None:
+    record = measured(place, "TRADES")
+    filled = shown(place)
+    found = line(filled, "TRADES", "pgd_20")
+    assert found.reported is not None
+    assert found.reported.value == 52.74
+    assert found.mean == pytest.approx(100 * record["pgd_20"].accuracy)
+    assert found.difference == pytest.approx(100 * record["pgd_20"].accuracy - 52.74)
+    assert (found.n, found.std, found.audit) == (20, None, None)
+    assert "reach" in found.flags
+    assert line(filled, "MART", "pgd_20").mean is None
+    assert filled.aside == []
+    assert [each.column for each in filled.lines[:3]] == ["clean", "fgsm", "pgd20"]
+
+
+def test_seeds_are_averaged_and_a_typed_seed_chooses(place: Path) -> None:
+    rights = []
+    for seed in (0, 1, 2):
+        record = measured(place, "TRADES", f"seed={seed}", name=f"s{seed}")
+        row = record["fgsm"]
+        changed = replace(row, **share(row.n, row.correct - seed))
+        write_record(place / f"runs/s{seed}/record.json", with_row(record, changed))
+        rights.append(row.correct - seed)
+    found = line(shown(place), "TRADES", "fgsm")
+    assert found.mean == pytest.approx(100 * sum(rights) / 3 / 40)
+    assert found.std == pytest.approx(100 / 40)  # of r, r - 1, r - 2
+    assert sorted(found.values) == [0, 1, 2]
+    two = line(shown(place, "seed=0,2"), "TRADES", "fgsm")
+    assert sorted(two.values) == [0, 2]
+
+
+def share(n: int, correct: int) -> dict[str, Any]:
+    from mi_at.evaluation.intervals import wilson
+
+    return {"n": n, "correct": correct, "accuracy": correct / n, "interval": wilson(correct, n)}
+
+
+def with_row(record: Record, row: Any) -> Record:
+    return replace(record, attacks=tuple(row if each.name == row.name else each for each in record.attacks))
+
+
+def test_the_audit_travels_with_the_number(place: Path) -> None:
+    measured(place, "TRADES", name="a", audit={"verdict": "warn"})
+    measured(place, "TRADES", "seed=1", name="b", audit={"verdict": "pass"})
+    assert line(shown(place), "TRADES", "fgsm").audit == "warn"
+
+
+def test_an_attack_that_the_print_has_not_is_shown_without_a_printed_number(place: Path) -> None:
+    columns = {"clean": "clean", "fgsm": "pgd_20"}  # the print's fgsm is our pgd_20 here
+    write_table(place, cells=CELLS, seeds=[0], shared=SHARED, columns=columns, more=["fgsm"])
+    measured(place, "TRADES")
+    filled = shown(place)
+    assert line(filled, "TRADES", "fgsm").reported is None
+    printed = line(filled, "TRADES", "pgd_20").reported
+    assert printed is not None
+    assert printed.value == 58.80
+
+
+# ---------------------------------------------------------------- what does not
+def test_other_budgets_are_counted_and_never_mixed(place: Path) -> None:
+    measured(place, "TRADES", "budget=smoke")
+    filled = shown(place)
+    assert all(not each.values for each in filled.lines)
+    assert filled.aside == ["1 record of budget smoke: budget=smoke shows it"]
+    assert "nothing of this table was run at budget paper: python -m mi_at.train -m table=own" in report.render(
+        filled, "terminal"
+    )
+
+
+def test_another_version_of_a_configuration_is_listed_with_what_differs(place: Path) -> None:
+    measured(place, "TRADES", "defense.beta=2", "runs=elsewhere")
+    filled = shown(place)
+    assert line(filled, "TRADES", "fgsm").mean is None
+    (said,) = filled.aside
+    assert said.startswith("another version of TRADES: ")
+    assert said.endswith("record.json: defense.beta 2 (now 6.0)")
+
+
+def test_tags_alone_bring_nothing_into_a_table(place: Path) -> None:
+    """A record is found by its configuration; what it was run for does not count."""
+    measured(place, "TRADES", tags={"tags": ["another", "cell"]})
+    assert line(shown(place), "TRADES", "fgsm").mean is not None
+    measured(place, "MART", "defense.beta=9", name="tagged", tags={"tags": ["own", "MIMAE-AT"]})
+    filled = shown(place)
+    assert line(filled, "MIMAE-AT", "fgsm").mean is None
+    assert line(filled, "MART", "fgsm").mean is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"eps": 0.1}, "eps 0.1, the column's is 0.02"),
+        ({"attack": "pgd"}, "attack pgd, the column's is fgsm"),
+        ({"norm": "l2"}, "norm l2, the column's is linf"),
+        (share(10, 5), "n 10, the column's is 40"),
+    ],
+    ids=["eps", "attack", "norm", "n"],
+)
+def test_a_row_that_is_another_measurement_is_refused(place: Path, change: dict[str, Any], said: str) -> None:
+    record = measured(place, "TRADES")
+    path = place / "runs/run/record.json"
+    write_record(path, with_row(record, replace(record["fgsm"], **change)))
+    filled = shown(place)
+    assert line(filled, "TRADES", "fgsm").mean is None
+    assert filled.aside == [f"refused: {path}: fgsm: {said}"]
+    assert line(filled, "TRADES", "pgd_20").mean is not None
+
+
+def test_a_description_that_differs_is_refused_too(place: Path) -> None:
+    record = measured(place, "TRADES")
+    row = record["pgd_20"]
+    other = replace(row, description={**row.description, "init": "zero"})
+    write_record(place / "runs/run/record.json", with_row(record, other))
+    (said,) = shown(place).aside
+    assert said.endswith("pgd_20: init zero, the column's is uniform")
+
+
+def test_a_damaged_record_is_named_and_the_others_are_shown(place: Path) -> None:
+    measured(place, "TRADES", name="a")
+    broken = place / "runs/b/record.json"
+    broken.parent.mkdir()
+    broken.write_text((place / "runs/a/record.json").read_text()[:300])
+    filled = shown(place)
+    assert line(filled, "TRADES", "fgsm").mean is not None
+    (said,) = filled.aside
+    assert said.startswith(f"damaged: {broken}: not a whole record")
+
+
+def test_a_second_record_of_a_seed_is_listed_where_it_differs(place: Path) -> None:
+    record = measured(place, "TRADES", name="a")
+    shutil.copytree(place / "runs/a", place / "runs/b")
+    assert shown(place).aside == []
+    row = record["fgsm"]
+    write_record(place / "runs/b/record.json", with_row(record, replace(row, **share(row.n, row.correct - 1))))
+    filled = shown(place)
+    assert filled.aside == [
+        f"a second run of seed 0: {place}/runs/b/record.json differs from {place}/runs/a/record.json, which is shown"
+    ]
+    assert line(filled, "TRADES", "fgsm").mean == pytest.approx(100 * row.accuracy)
+
+
+def test_the_seed_of_training_is_no_part_of_a_cell(place: Path) -> None:
+    one, two, other = (planned(place, "TRADES", *typed) for typed in ([], ["seed=4"], ["defense.beta=1"]))
+    assert identity(one) == identity(two) != identity(other)
+
+
+# ---------------------------------------------------------------- how it is shown
+def test_every_format_has_every_number(place: Path) -> None:
+    record = measured(place, "TRADES")
+    filled = shown(place)
+    mean = f"{100 * record['fgsm'].accuracy:.2f} (1)"
+    for form in ("terminal", "markdown", "latex"):
+        text = report.render(filled, form)
+        assert mean in text
+        assert "52.74" in text
+        assert "54.38" in text
+    assert "| TRADES | fgsm | 58.80 |" in report.render(filled, "markdown")
+    assert r"pgd20: pgd\_20 & 52.74 &" in report.render(filled, "latex")
+    rows = list(csv.DictReader(StringIO(report.render(filled, "csv"))))
+    assert len(rows) == len(filled.lines) == 9
+    assert rows[2]["measured"] == str(100 * record["pgd_20"].accuracy)
+    assert rows[3]["measured"] == rows[3]["difference"] == rows[3]["n"] == ""
+    assert (rows[0]["reported"], rows[0]["seeds"], rows[0]["budget"]) == ("81.18", "0", "paper")
+
+
+def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    report.main([search(place), "table=own", "table.rows=[TRADES]", "format=csv"])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    for arguments, said in {
+        ("table=mimae_t55",): "table=mimae_t55: expected one of .*did you mean mimae_t5",
+        (): "which table",
+        (search(place), "table=own", "format=pdf"): "format=pdf: expected one of terminal, markdown, latex, csv",
+        (search(place), "table=own", "table.rows=[TRADEZ]"): "did you mean TRADES",
+        (search(place), "table=own", "defense=mart"): "defense= cannot be typed beside table=own",
+        (search(place), "table=own", "defense.beta=1,2"): "only seed= may have several",
+        (search(place), "table=own", "defense.bta=1"): "defense.bta",
+    }.items():
+        with pytest.raises(SystemExit, match=said):
+            report.main(list(arguments))
+
+
+def test_a_column_that_no_attack_has_is_an_error(place: Path) -> None:
+    write_table(place, cells=CELLS, seeds=[0], shared=SHARED, columns={"fgsm": "fgms"})
+    with pytest.raises(TableError, match="column fgsm: evaluation=chosen of cell TRADES has no fgms: expected one of"):
+        shown(place)
+
+
+def test_the_committed_records_are_readable(tmp_path: Path) -> None:
+    """Those of an earlier protocol are said to be so."""
+    filled = report.report(["table=mimae_t8", "budget=short"], [report.MEASURED])
+    assert filled.budget == "short"
+    assert not [said for said in filled.aside if said.startswith("damaged")]
+    assert json.dumps([each.cell for each in filled.lines])
