@@ -74,6 +74,7 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the keys and the way out.
     """
+    check_table(config)
     for key, right, expected in EXPECTED:
         value: Any = functools.reduce(operator.getitem, key.split("."), config)
         if not right(value):
@@ -100,6 +101,21 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError("callback=[ema,swa]: only one average of the weights can be served; choose one")
     check_devices(config["trainer"])
     check_recipe(config)
+
+
+def check_table(config: Mapping[str, Any]) -> None:
+    """Refuse a whole table as one run.
+
+    Raises:
+        ValueError: naming the table and the way out.
+    """
+    cells = (config.get("table") or {}).get("cells")
+    if cells:
+        name = config["table"]["name"]
+        raise ValueError(
+            f"table={name} is {len(cells)} runs ({', '.join(cells)}): give -m too, python -m mi_at.train -m "
+            f"table={name}, with table.rows=[{next(iter(cells))}] for one of them"
+        )
 
 
 def check_devices(trainer: Mapping[str, Any]) -> None:

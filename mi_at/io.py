@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import itertools
 import logging
 import os
 import pickle
@@ -13,13 +14,14 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
@@ -30,11 +32,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mi_at.attacks.adaptive import Adaptive, FeatureShift
 from mi_at.data import CUSTOMARY_KEYS
 from mi_at.data.base import ImageDataModule
+from mi_at.data.batch import Batch
 from mi_at.data.folder import class_names
 from mi_at.defenses.base import Defense, NonFiniteLossError
-from mi_at.evaluation.outcomes import EvalAttack
+from mi_at.evaluation.outcomes import CLEAN, EvalAttack
 from mi_at.functional.geometry import parse_eps
 from mi_at.regularizers.base import Regularizer
 
@@ -54,7 +58,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read from disk.
+    """A checkpoint of mi_at, read from disk.
 
     Attributes:
         path: the file.
@@ -62,6 +66,7 @@ class Checkpoint:
         net_state: the weights that are served (averaged, where averaging was on), names without prefix.
         epoch: finished epochs.
         step: finished steps.
+        state: all that the defense keeps: the weights as "net.<name>", and the states of its own and its regularizers'.
     """
 
     path: Path
@@ -69,6 +74,22 @@ class Checkpoint:
     net_state: dict[str, torch.Tensor]
     epoch: int
     step: int
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a network trained elsewhere, read from disk.
+
+    Attributes:
+        path: the file.
+        tensors: by the names they have in it.
+        nest: where in the file they lay, such as "state_dict"; empty at its top.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    nest: str = ""
 
 
 def conf_dir() -> str:
@@ -91,10 +112,10 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         ValueError: a recipe that does not exist.
         FileNotFoundError: a folder of images whose classes cannot be read.
     """
-    if "num_classes" in cfg.dataset and cfg.dataset.num_classes is None:
-        cfg.dataset.num_classes = len(class_names(cfg.dataset.root))
+    fill_classes(cfg.dataset)
     runtime = HydraConfig.get()
     config = plain(cfg)
+    config["evaluation"] = resolve_evaluation(config["evaluation"])
     choices = {group: name for group, name in runtime.runtime.choices.items() if "/" not in group}
     recipes = sorted(path.stem for path in (Path(conf_dir()) / "recipe").glob("*.yaml"))
     if choices.get("recipe") not in recipes:  # Hydra passes over the optional recipe that is not there
@@ -108,6 +129,105 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     if config["group"] is None and runtime.mode == RunMode.MULTIRUN:
         config["group"] = Path(runtime.sweep.dir).name
     return {**config, "choices": choices}
+
+
+def fill_classes(dataset: DictConfig) -> None:
+    """Count the classes of a folder of images, where the configuration leaves their number to it.
+
+    Raises:
+        FileNotFoundError: a folder that cannot be read.
+    """
+    if "num_classes" in dataset and dataset.num_classes is None:
+        dataset.num_classes = len(class_names(dataset.root))
+
+
+def resolve_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved `evaluation` node with its curves written out as attacks, and without sample counts that are null.
+
+    A curve is an attack and, beside it, lists of values of its options that run along together; its points are attacks
+    called `<curve>_<value>`, after the first option.
+
+    Args:
+        evaluation: plain values.
+
+    Raises:
+        ValueError: lists of different lengths, names that are taken, or what is wanted beside the attacks (audit,
+            information, robust NCMI) cannot be.
+
+    Example:
+        >>> curve = {"attack": {"_target_": "mi_at.attacks.pgd.PGD", "eps": 0.1}, "steps": [1, 20]}
+        >>> resolve_evaluation({"attacks": {}, "n_of": {}, "curves": {"pgd_steps": curve}})["attacks"]["pgd_steps_20"]
+        {'_target_': 'mi_at.attacks.pgd.PGD', 'eps': 0.1, 'steps': 20}
+    """
+    found = dict(evaluation)
+    attacks = dict(found["attacks"])
+    for curve, node in (found.pop("curves", None) or {}).items():
+        values = {option: value for option, value in node.items() if option != "attack"}
+        lengths = {option: len(value) if isinstance(value, list) else 0 for option, value in values.items()}
+        if len(set(lengths.values())) != 1 or not min(lengths.values(), default=0):
+            raise ValueError(f"evaluation.curves.{curve}: expected lists of one length, got {lengths or 'none'}")
+        for point in zip(*values.values(), strict=True):
+            value = f"{point[0]:.4g}" if isinstance(point[0], float) else str(point[0]).replace("/", "_")
+            name = f"{curve}_{value}"
+            if name in attacks:
+                raise ValueError(f"evaluation.curves.{curve} has {point[0]} twice, or {name} is an attack already")
+            attacks[name] = {**node["attack"], **dict(zip(values, point, strict=True))}
+    _check_extras(found, attacks)
+    found["attacks"] = attacks
+    found["n_of"] = {name: count for name, count in (found.get("n_of") or {}).items() if count is not None}
+    return found
+
+
+EXTRAS = {
+    "audit": ("n", "steps", "step_size", "restarts", "queries", "batch_size"),
+    "robust_ncmi": ("n", "rounds", "steps", "quantity"),
+}
+"""Options of what an evaluation adds to its attacks."""
+
+
+def _check_extras(evaluation: Mapping[str, Any], attacks: Mapping[str, Any]) -> None:
+    for extra, options in EXTRAS.items():
+        wanted, where = evaluation.get(extra), f"evaluation.{extra}"
+        if not isinstance(wanted, bool | Mapping | None):
+            raise ValueError(f"{where}={wanted!r}: expected true, false, or options: {', '.join(options)}")
+        if unknown := [key for key in wanted or () if key not in options] if isinstance(wanted, Mapping) else []:
+            near = _guess(str(unknown[0]), list(options))
+            raise ValueError(f"unknown key {where}.{unknown[0]}: expected one of {', '.join(options)}{near}")
+        if wanted and "eps" not in evaluation:
+            raise ValueError(f"{where} needs a ball, and this protocol has no eps: take another, such as chosen")
+        if wanted and extra == "audit" and not parse_eps(evaluation["eps"]):
+            raise ValueError(f"evaluation.eps={evaluation['eps']}: at 0 there is nothing to audit; {where}=false")
+    known = [CLEAN, *attacks]
+    if unknown := [name for name in evaluation.get("information") or () if name not in known]:
+        near = _guess(str(unknown[0]), known)
+        raise ValueError(f"evaluation.information={unknown[0]}: expected some of {', '.join(known)}{near}")
+
+
+def compose(evaluation: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """conf/evaluate.yaml with a protocol, for code that is no command.
+
+    Args:
+        evaluation: name of a protocol.
+        overrides: as on the command line: "evaluation.n=100".
+
+    Raises:
+        ValueError: an unknown protocol or key; the message names those there are.
+    """
+    register_resolvers()
+    before = GlobalHydra.get_state()
+    GlobalHydra.instance().clear()  # the caller may be a Hydra application itself
+    try:
+        with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+            return hydra.compose("evaluate", overrides=[f"evaluation={evaluation}", *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+    finally:
+        GlobalHydra.set_state(before)
+
+
+def names_in(group: str) -> list[str]:
+    """The names that a group of conf/ can be chosen by."""
+    return sorted(path.stem for path in (Path(conf_dir()) / group).glob("[!_]*.yaml"))
 
 
 def plain(cfg: DictConfig | ListConfig) -> dict[str, Any]:
@@ -137,8 +257,10 @@ def options_of(group: str, name: str) -> list[str]:
 def register_resolvers() -> None:
     """Resolvers that conf/ uses.
 
-    `${mul:a,b}` multiplies numbers or fractions; `${by_budget:p,s,t}` is s at budget short, t at smoke, p at others.
+    `${mul:a,b}` multiplies numbers or fractions; `${multiples:a,[b,c]}` is the list of a b and a c;
+    `${by_budget:p,s,t}` is s at budget short, t at smoke, p at others.
     """
+    OmegaConf.register_new_resolver("multiples", lambda a, b: [parse_eps(a) * parse_eps(v) for v in b], replace=True)
     OmegaConf.register_new_resolver("mul", lambda a, b: parse_eps(a) * parse_eps(b), replace=True)
     OmegaConf.register_new_resolver(
         "by_budget",
@@ -332,11 +454,209 @@ def build_attacks(evaluation: Mapping[str, Any]) -> dict[str, EvalAttack]:
     attacks = {}
     for name, node in evaluation["attacks"].items():
         where = f"evaluation.attacks.{name}"
+        if "_target_" not in node:
+            known = ", ".join(names_in("evaluation/attacks"))
+            raise ValueError(
+                f"{where} has values, but is no attack of this evaluation; evaluation/attacks= has {known}"
+            )
         try:
             attacks[name] = build(where, {**node, "name": name})
         except ValueError as error:
             raise ValueError(str(error).replace("attack.", f"{where}.")) from error
     return attacks
+
+
+AUTO_TAP, FEATURES = "auto", "features"
+GUIDES = 1000
+"""Images that guides are drawn from."""
+
+NESTS = ("state_dict", "model_state_dict", "net", "model")
+"""Keys under which training scripts keep a state dict."""
+
+PREFIXES = ("module.", "_orig_mod.", "net.", "model.")
+"""What wrappers put before the names of weights: DataParallel, torch.compile, and modules that hold the network."""
+
+_SAVE_WEIGHTS = "save the weights alone, torch.save(net.state_dict(), 'weights.pt')"
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """The network that transfer attacks are made on.
+
+    Attributes:
+        net: in eval mode.
+        name: of its run, for the record.
+    """
+
+    net: nn.Module
+    name: str
+
+
+def bind(
+    attacks: Mapping[str, EvalAttack],
+    *,
+    surrogate: Surrogate | None = None,
+    defense: Defense | None = None,
+    guides: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> dict[str, EvalAttack]:
+    """The attacks with what they need beside the network they attack.
+
+    Args:
+        attacks: by name.
+        surrogate: that transfer attacks are made on.
+        defense: whose training loss adaptive attacks maximise, and whose regularised layer they look at.
+        guides: gives images and labels that the representation attack draws its guides from.
+
+    Returns:
+        By name; those that need nothing are as they were.
+
+    Raises:
+        ValueError: one of them is needed and not there; the message names the attack and the option.
+    """
+    bound: dict[str, EvalAttack] = {}
+    for name, attack in attacks.items():
+        needs: Any = attack
+        if hasattr(attack, "with_surrogate"):
+            if surrogate is None:
+                raise ValueError(
+                    f"evaluation.attacks.{name} is made on another network: give its checkpoint, evaluation.surrogate="
+                )
+            needs = needs.with_surrogate(surrogate.net, name=surrogate.name)
+        if hasattr(attack, "with_training_loss"):
+            if defense is None:
+                raise ValueError(
+                    f"evaluation.attacks.{name} maximises the loss of the training, which only a checkpoint of mi_at "
+                    "carries: leave it out, evaluation/attacks=[...]"
+                )
+            needs = needs.with_training_loss(defense.training_objective)
+        if hasattr(attack, "with_guides") and guides is not None:
+            needs = needs.with_guides(*guides())
+        if getattr(attack, "tap", None) == AUTO_TAP:
+            needs = replace(needs, tap=regularised_tap(defense))
+        bound[name] = needs
+    return bound
+
+
+@dataclass(frozen=True)
+class Served:
+    """A network and what its evaluation needs beside it.
+
+    Attributes:
+        net: in eval mode.
+        attacks: by name, bound.
+        surrogate: that transfer attacks are made on, where there is one.
+        adaptive: attacks made for its defense, for the audit; None: none are known.
+        variants: other versions of the network, for the audit; {}: there are none; None: not known.
+    """
+
+    net: nn.Module
+    attacks: dict[str, EvalAttack]
+    surrogate: Surrogate | None = None
+    adaptive: dict[str, EvalAttack] | None = None
+    variants: dict[str, nn.Module] | None = None
+
+
+def serve(
+    trained: str | Path | Weights,
+    attacks: Mapping[str, EvalAttack],
+    config: Mapping[str, Any],
+    data: ImageDataModule,
+    *,
+    device: str | torch.device = "cpu",
+) -> Served:
+    """A trained network and its evaluation's attacks, ready for `mi_at.results.measure.measure`.
+
+    Args:
+        trained: path of a checkpoint of mi_at, or weights that were trained elsewhere.
+        attacks: as `build_attacks` gives them.
+        config: resolved; its `evaluation` and `dataset`, and `model` for weights.
+        data: set up for "test"; guides of the representation attack are drawn from its first images.
+        device: where to put the network.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load`, `load_own` and `load_surrogate`.
+        ValueError: as `bind`, or a surrogate of another data set.
+    """
+    evaluation, surrogate, defense = config["evaluation"], None, None
+    if evaluation.get("surrogate"):
+        surrogate = load_surrogate(evaluation["surrogate"], config["dataset"], device)
+    adaptive: dict[str, EvalAttack] | None = None
+    variants: dict[str, nn.Module] | None = None
+    if isinstance(trained, Weights):
+        net, variants = load_own(trained, config["model"], device), {}
+    elif evaluation.get("audit") or any(_needs_defense(attack) for attack in attacks.values()):
+        defense = load_defense(trained, device)
+        net = defense.net
+        # An average has raw weights beside it.
+        variants = None if defense.config.get("callback") else {}
+        adaptive = adaptive_attacks(defense, evaluation) if evaluation.get("audit") else None
+    else:
+        net = load(trained, device)
+    bound = bind(attacks, surrogate=surrogate, defense=defense, guides=lambda: guides_of(data.test_dataloader()))
+    return Served(net, bound, surrogate, adaptive, variants)
+
+
+def guides_of(batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images and labels of a split, `GUIDES` at most, on the CPU."""
+    x, y, found = [], [], 0
+    for batch in batches:
+        x.append(batch.x.cpu())
+        y.append(batch.y.cpu())
+        found += len(batch)
+        if found >= GUIDES:
+            break
+    return torch.cat(x)[:GUIDES], torch.cat(y)[:GUIDES]
+
+
+def _needs_defense(attack: EvalAttack) -> bool:
+    return hasattr(attack, "with_training_loss") or getattr(attack, "tap", None) == AUTO_TAP
+
+
+def regularised_tap(defense: Defense | None) -> str:
+    """The last layer that a defense and its terms look at; where none is known, the features before the head."""
+    return defense.needed_taps[-1] if defense is not None and defense.needed_taps else FEATURES
+
+
+def adaptive_attacks(defense: Defense, evaluation: Mapping[str, Any]) -> dict[str, EvalAttack]:
+    """The attacks made for a defense that its audit asks for, in the ball of an evaluation.
+
+    Args:
+        defense: with its network.
+        evaluation: resolved; its `eps`, `norm` and `step_size`.
+
+    Returns:
+        By name: on its training loss and, where the network has taps, on the layer that it regularises.
+    """
+    ball = {key: evaluation[key] for key in ("eps", "norm", "step_size")}
+    wanted: dict[str, EvalAttack] = {"adaptive": Adaptive(**ball, steps=50)}
+    if hasattr(defense.net, "forward_taps"):
+        wanted["feature_shift"] = FeatureShift(**ball, steps=50, tap=AUTO_TAP)
+    return bind(wanted, defense=defense)
+
+
+def load_surrogate(path: str | Path, dataset: Mapping[str, Any], device: str | torch.device = "cpu") -> Surrogate:
+    """The network of another run, to make transfer attacks on.
+
+    Args:
+        path: its checkpoint.
+        dataset: the resolved `dataset` node of the network under attack.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load`.
+        ValueError: it was trained on another data set.
+    """
+    config = read_checkpoint(path).config
+    theirs = config["dataset"]
+    for key in ("name", "num_classes", "channels", "image_size"):
+        if theirs.get(key) != dataset.get(key):
+            raise ValueError(
+                f"evaluation.surrogate={path} was trained on {theirs.get('name')} ({key} {theirs.get(key)}), but the "
+                f"network under attack on {dataset.get('name')} ({key} {dataset.get(key)}): choose one of the same data"
+            )
+    chosen = config.get("choices") or {}
+    name = "-".join(str(chosen.get(group, group)) for group in ("defense", "dataset", "model"))
+    return Surrogate(load(path, device), name)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -352,21 +672,31 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         FileNotFoundError: no such file.
         CheckpointError: truncated, with code in it, or not written by mi_at.
     """
+    found = read_weights(path)
+    if isinstance(found, Weights):
+        raise CheckpointError(f"checkpoint {path} was not written by mi_at: it carries no weights with a configuration")
+    return found
+
+
+def read_weights(path: str | Path) -> Checkpoint | Weights:
+    """Read a checkpoint of mi_at, or a state dict that something else wrote; pickled code is refused.
+
+    Args:
+        path: written by a run of mi_at, or by torch.save of a state dict, as it is or under a key of `NESTS`.
+
+    Returns:
+        Its parts, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: truncated, with code in it, or without weights.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the protocol of a pickle that is then refused
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path} contains pickled code or objects and is refused; use one that mi_at wrote"
-        ) from error
-    except Exception as error:  # a text file, a half-written one: torch has no common word for what it cannot read
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use another one") from error
-    if not isinstance(raw, dict) or "mi_at" not in raw or not isinstance(raw.get("state_dict"), dict):
+    raw = _read(path)
+    if not isinstance(raw, dict) or "mi_at" not in raw:
+        tensors, nest = _state_dict(path, raw)
+        return Weights(path, tensors, nest)
+    if not isinstance(raw.get("state_dict"), dict):
         raise CheckpointError(f"checkpoint {path} was not written by mi_at: it carries no weights with a configuration")
     config = raw["mi_at"].get("config") if isinstance(raw["mi_at"], dict) else None
     parts = ("model", "dataset", "defense", "regularizer")
@@ -374,11 +704,54 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} carries no whole configuration: expected {', '.join(parts)}")
     prefix = "net."
     state = {name.removeprefix(prefix): value for name, value in raw["state_dict"].items() if name.startswith(prefix)}
+    _check_numbers(path, state)
+    return Checkpoint(path, config, state, _finished_epochs(raw), int(raw.get("global_step", 0)), raw["state_dict"])
+
+
+def _read(path: Path) -> Any:
+    """What torch.save wrote, if it is made of tensors and plain data."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle that is then refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} contains pickled code or objects and is refused; use one that mi_at wrote, or "
+            f"{_SAVE_WEIGHTS}"
+        ) from error
+    except Exception as error:  # a text file, a half-written one: torch has no common word for what it cannot read
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use another one") from error
+
+
+def _state_dict(path: Path, raw: Any) -> tuple[dict[str, torch.Tensor], str]:
+    """The state dict in a file, and the keys it lay under."""
+    nest: list[str] = []
+    while not (isinstance(raw, Mapping) and raw and all(isinstance(v, torch.Tensor) for v in raw.values())):
+        inner = [key for key in NESTS if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping)]
+        if len(inner) != 1:
+            found = f"a {type(raw).__name__}"
+            if isinstance(raw, Mapping):
+                found = f"the keys {', '.join(map(str, list(raw)[:6])) or '(none)'}"
+            several = f" and several sets of weights, under {', '.join(inner)}" if inner else " and no weights"
+            raise CheckpointError(
+                f"checkpoint {path} was not written by mi_at: it holds {found}{several}; {_SAVE_WEIGHTS} (as it is, "
+                f"or under {', '.join(NESTS)})"
+            )
+        nest.append(inner[0])
+        raw = raw[inner[0]]
+    tensors = {str(name): value for name, value in raw.items()}
+    _check_numbers(path, tensors)
+    return tensors, ".".join(nest)
+
+
+def _check_numbers(path: Path, state: Mapping[str, Any]) -> None:
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or (value.is_floating_point() and not value.isfinite().all()):
             found = "a value that is not finite" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
             raise CheckpointError(f"checkpoint {path} has {found} among the weights {name}; use an earlier one")
-    return Checkpoint(path, config, state, _finished_epochs(raw), int(raw.get("global_step", 0)))
 
 
 def _finished_epochs(raw: Mapping[str, Any]) -> int:
@@ -411,32 +784,118 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     return net.to(device).eval()
 
 
+def load_defense(path: str | Path, device: str | torch.device = "cpu") -> Defense:
+    """The defense of a checkpoint around its trained network, its own and its regularizers' states restored.
+
+    For what needs more than the network: the training loss (centroids, estimators), the taps that were regularized.
+
+    Args:
+        path: as `load`.
+        device: where to put it.
+
+    Returns:
+        In eval mode; its `net` is what `load` gives.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load`; also states that do not fit the configured defense.
+    """
+    checkpoint = read_checkpoint(path)
+    defense = build_defense(checkpoint.config, build_net(checkpoint.config["model"]))
+    if isinstance(checkpoint.config.get("optim"), dict):  # the schedule scales the method's own epochs
+        defense.optimisation = build("optim", checkpoint.config["optim"])
+    if problems := _differences(defense.state_dict(), checkpoint.state):
+        raise CheckpointError(f"checkpoint {path} does not fit its own defense {type(defense).__name__}: {problems}")
+    defense.load_state_dict(checkpoint.state)
+    return defense.to(device).eval()
+
+
+def load_own(weights: Weights, model: Mapping[str, Any], device: str | torch.device = "cpu") -> nn.Module:
+    """A network trained elsewhere, in eval mode.
+
+    Args:
+        weights: read from a state dict.
+        model: a resolved `model` node: `_target_` and options.
+        device: where to put it.
+
+    Returns:
+        The network.
+
+    Raises:
+        CheckpointError: weights of another network; the message names what is missing, left over or of another shape.
+        ValueError: as `build_net`.
+    """
+    net = build_net(model)
+    state, _ = named_as(weights, net)
+    made = f"checkpoint {weights.path} does not fit the network {type(net).__name__}"
+    if problems := _differences(net.state_dict(), state):
+        raise CheckpointError(f"{made}: {problems}")
+    net.load_state_dict(state)
+    return net.to(device).eval()
+
+
+def named_as(weights: Weights, net: nn.Module) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights under a network's own names: a prefix that a wrapper has put before all of them is taken off.
+
+    Args:
+        weights: read from a file.
+        net: that they are for.
+
+    Returns:
+        Name -> weight, and the prefix. Where no prefix fits, those that come nearest.
+
+    Raises:
+        CheckpointError: two prefixes under which all of the network's weights are found.
+
+    Example:
+        >>> weights = Weights(Path("a.pt"), {"module.net.weight": torch.ones(1, 1), "module.net.bias": torch.ones(1)})
+        >>> named_as(weights, nn.Linear(1, 1))[1]
+        'module.net.'
+    """
+    wanted = set(net.state_dict())
+    found: list[tuple[int, str, dict[str, torch.Tensor]]] = []
+    for depth in range(4):
+        for parts in itertools.product(PREFIXES, repeat=depth):
+            prefix = "".join(parts)
+            inner = {name.removeprefix(prefix): v for name, v in weights.tensors.items() if name.startswith(prefix)}
+            if inner:
+                found.append((len(wanted ^ set(inner)), prefix, inner))
+    fitting = [prefix for apart, prefix, _ in found if not apart]
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"checkpoint {weights.path} holds the network's weights more than once, under {' and '.join(fitting)}: "
+            f"{_SAVE_WEIGHTS}"
+        )
+    _, prefix, state = min(found, key=lambda each: each[0])
+    return state, prefix
+
+
 def load_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a network.
 
     Raises:
         CheckpointError: they belong to another network; the message names what differs.
     """
-    state = net.state_dict()
-    missing = sorted(set(state) - set(checkpoint.net_state))
-    unexpected = sorted(set(checkpoint.net_state) - set(state))
+    if problems := _differences(net.state_dict(), checkpoint.net_state):
+        made = checkpoint.config.get("model", {}).get("_target_", "unknown")
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} (of {made}) does not fit the network {type(net).__name__}: {problems}"
+        )
+    net.load_state_dict(checkpoint.net_state)
+
+
+def _differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What keeps a state dict from fitting, in words; empty where nothing does."""
+    missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     shapes = [
-        f"{name} {tuple(value.shape)} instead of {tuple(state[name].shape)}"
-        for name, value in checkpoint.net_state.items()
-        if name in state and value.shape != state[name].shape
+        f"{name} {tuple(value.shape)} instead of {tuple(wanted[name].shape)}"
+        for name, value in given.items()
+        if name in wanted and value.shape != wanted[name].shape
     ]
-    problems = [
+    return "; ".join(
         f"{title}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
-    ]
-    if problems:
-        made = checkpoint.config.get("model", {}).get("_target_", "unknown")
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path} (of {made}) does not fit the network {type(net).__name__}: "
-            + "; ".join(problems)
-        )
-    net.load_state_dict(checkpoint.net_state)
+    )
 
 
 def quiet() -> None:
@@ -456,7 +915,18 @@ def quiet() -> None:
 
 
 class FailedJobError(RuntimeError):
-    """A job of a multirun that failed and has said why."""
+    """A job of a multirun that failed and has said why.
+
+    Attributes:
+        busy: folder of the run, where all that was wrong is that another process is at it.
+    """
+
+    def __init__(self, text: str = "", busy: str | None = None) -> None:
+        super().__init__(text, busy)  # both, so that it can be pickled
+        self.busy = busy
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -482,8 +952,10 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
                 raise
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 sys.exit(message(error))
-            print(f"error: {explain(error)}", file=sys.stderr, flush=True)
-            raise FailedJobError from error
+            busy = getattr(error, "folder", None)
+            if busy is None:
+                print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+            raise FailedJobError(explain(error), busy) from error
 
     try:
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(reported)()
@@ -512,8 +984,7 @@ def explain(error: BaseException) -> str:
         return f"{error.full_key} must be given: {error.full_key}=<path>"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).strip("/").rpartition("/")
-        known = sorted(path.stem for path in (Path(conf_dir()) / group).glob("[!_]*.yaml"))
-        if known:
+        if known := names_in(group):
             return f"{group}={name}: expected one of {', '.join(known)}{_guess(name, known)}"
     return str(error)
 

@@ -37,6 +37,8 @@ DIGEST = "sha256:"
 FILES = {"reference": ("net.",), "estimators": ("net.", "natural.", "adversarial.")}
 """Options that hold the checkpoint of a stage, and which of its weights count."""
 KEPT = ("seed", "budget", "runs")
+PLAIN_EVALUATION = {"audit": False, "information": [], "robust_ncmi": False, "surrogate": None, "survivors": False}
+"""What an evaluation adds to its attacks, switched off."""
 CHECKED_IMAGES = 256
 Run = Callable[[Mapping[str, Any]], Any]
 
@@ -151,6 +153,7 @@ def _stage(config: Mapping[str, Any], defense: str, node: Mapping[str, Any]) -> 
     stage |= {"defense": dict(node), "regularizer": {}, "callback": {}, "select": "last", "init_from": None}
     stage |= {"probe": [], "keep_epochs": [], "run_dir": None, "resume": True, "tags": [], "group": None}
     stage["evaluation"] |= {"attacks": {}, "n": None, "n_of": {}}
+    stage["evaluation"] |= {key: off for key, off in PLAIN_EVALUATION.items() if key in stage["evaluation"]}
     stage["logger"] = {name: node for name, node in stage["logger"].items() if name == "csv"}
     stage["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     stage["choices"] |= {"defense": defense, "regularizer": "none", "callback": "none", "evaluation": "none"}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 from torch import nn
@@ -30,11 +32,12 @@ from mi_at.data.base import ImageDataModule
 from mi_at.data.seeding import keyed_generator
 from mi_at.defenses.base import Defense
 from mi_at.evaluation.evaluate import sizes
+from mi_at.evaluation.outcomes import EvalAttack
 from mi_at.regularizers.base import Context
 from mi_at.results import loggers
 from mi_at.results.measure import measure
-from mi_at.results.records import read_record, run_key
-from mi_at.results.runs import Run, find_run
+from mi_at.results.records import config_hash, read_record, run_key
+from mi_at.results.runs import EVALUATIONS, RECORD, Run, find_run, let_go_of_all
 from mi_at.results.terminal import print_header, print_table
 
 OWN_TRAINER_OPTIONS = ("channels_last", "compile", "inspect_every")
@@ -51,7 +54,10 @@ def train(cfg: DictConfig) -> float | None:
     """
     config = io.resolve(cfg)
     checks.check(config)
-    return run_once(config)
+    try:
+        return run_once(config)
+    finally:
+        let_go_of_all()  # in a sweep the process lives on, and others may be waiting
 
 
 def run_once(config: Mapping[str, Any]) -> float | None:
@@ -106,6 +112,8 @@ def run_once(config: Mapping[str, Any]) -> float | None:
         record = read_record(run.record)
         print_table(record)
         return record.training.get("validation")
+    if run.state == "trained":
+        run.make(config, alone=first_process())  # nobody else evaluates it meanwhile
 
     recorders = loggers.build(
         {name: instantiate(node, _partial_=True) for name, node in config["logger"].items()},
@@ -140,21 +148,40 @@ def run_once(config: Mapping[str, Any]) -> float | None:
     select = config["select"]
     rule = select if select != "auto" else "best" if (run.folder / "best.ckpt").is_file() else "last"
     served = io.read_checkpoint(run.folder / f"{rule}.ckpt")
+    checkpoint = {"rule": rule, "epoch": served.epoch, "step": served.step}
+    device = "cuda" if lightning["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu"
+    measured = functools.partial(
+        measure,
+        data=data,
+        device=device,
+        processes=processes,
+        processes_matter=processes_matter,
+        training=training,
+        progress=lightning["enable_progress_bar"],
+    )
     with loggers.ended_on_failure(recorders):
-        record = measure(
-            io.load(served.path),
-            attacks,
-            data,
+        for label, other in served_otherwise(config, defense, attacks):
+            print(f"\nThe same weights {label}:")
+            name = f"{rule}-{config['choices']['evaluation']}-{label.replace(' ', '_')}-{config_hash(other)}"
+            measured(
+                rebuilt(other, served),
+                {attack: attacks[attack] for attack in other["evaluation"]["attacks"]},
+                config=other,
+                checkpoint=checkpoint | {"served": label},
+                path=run.folder / EVALUATIONS / name / RECORD,
+            )
+        data.setup("test")
+        ready = io.serve(served.path, attacks, config, data, device=device)
+        record = measured(
+            ready.net,
+            ready.attacks,
             config=config,
-            checkpoint={"rule": rule, "epoch": served.epoch, "step": served.step},
+            checkpoint=checkpoint,
             path=run.record,
-            device="cuda" if lightning["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu",
-            processes=processes,
-            processes_matter=processes_matter,
-            training=training,
-            progress=lightning["enable_progress_bar"],
+            adaptive=ready.adaptive,
+            variants=ready.variants,
         )
-        loggers.log_evaluation(recorders, record, step=training["steps"])
+        loggers.log_evaluation(recorders, record, step=training["steps"], path=run.record)
     print(f"\nrun folder: {run.folder}")
     return record.training["validation"]
 
@@ -218,11 +245,58 @@ def fit(
     score = best.best_model_score if best else None
     return {
         "validation": None if score is None else float(score),
+        "validation_last": best.last_score if best else None,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "hours_of_last_start": round((time.perf_counter() - started) / 3600, 4),
         "terms": defense.term_history(),
+        "readings": defense.reading_history(),
+        "settings": defense.settings(),
     }
+
+
+def served_otherwise(
+    config: Mapping[str, Any], defense: Defense, attacks: Mapping[str, EvalAttack]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Configurations that serve the same weights in another way, such as without a mask.
+
+    Args:
+        config: resolved.
+        defense: with its terms.
+        attacks: of the evaluation.
+
+    Yields:
+        What it is, and the configuration; of the attacks those of one gradient search remain, which cost little.
+    """
+    quick = [name for name, attack in attacks.items() if is_quick(attack.describe())]
+    for name, term in defense.added_terms().items():
+        for label, options in term.alternatives().items():
+            other = copy.deepcopy(dict(config))
+            group, key = (other["regularizer"], name) if name in other["regularizer"] else (other, "defense")
+            group[key] = OmegaConf.to_container(OmegaConf.merge(group[key], options))
+            own = other["evaluation"]
+            own["attacks"] = {attack: own["attacks"][attack] for attack in quick}
+            own["n_of"] = {attack: n for attack, n in own["n_of"].items() if attack in quick}
+            own.update({option: value for option, value in stages.PLAIN_EVALUATION.items() if option in own})
+            yield label, other
+
+
+def is_quick(description: Mapping[str, Any]) -> bool:
+    """Whether an attack is one search along the gradient, from one start.
+
+    Example:
+        >>> is_quick({"attack": "pgd", "steps": 20}), is_quick({"attack": "pgd", "restarts": 10})
+        (True, False)
+    """
+    return description["attack"] in ("fgsm", "pgd") and description.get("restarts", 1) == 1
+
+
+def rebuilt(config: Mapping[str, Any], checkpoint: io.Checkpoint) -> nn.Module:
+    """The network of a configuration with the weights of a checkpoint, in eval mode."""
+    net = io.build_net(config["model"])
+    io.build_defense(config, net)
+    io.load_weights(net, checkpoint)
+    return net.eval()
 
 
 def first_process() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pickle
 import resource
@@ -246,7 +247,7 @@ def bad_checkpoints(trained: Path, tmp_path: Path) -> dict[str, tuple[str, ...]]
         "empty.ckpt": ("empty.ckpt is truncated or damaged",),
         "code.ckpt": ("code.ckpt contains pickled code", "refused"),
         "pickle.ckpt": ("pickle.ckpt contains pickled code", "refused"),
-        "bare.ckpt": ("bare.ckpt was not written by mi_at",),
+        "bare.ckpt": ("bare.ckpt",),  # weights of a network that nothing is known of
         "no_such.ckpt": ("no_such.ckpt does not exist",),
     }
 
@@ -255,6 +256,8 @@ def test_bad_checkpoints_are_refused(bad_checkpoints: dict[str, tuple[str, ...]]
     for name, words in bad_checkpoints.items():
         refused(command(tmp_path, *tiny(f"init_from={name}")), *words)
         refused(command(tmp_path, f"checkpoint={name}", module="mi_at.evaluate"), *words)
+    refused(command(tmp_path, *tiny("init_from=bare.ckpt")), "bare.ckpt was not written by mi_at")
+    refused(command(tmp_path, "checkpoint=bare.ckpt", module="mi_at.evaluate"), "say which model they are for")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(bad_checkpoints) - {"no_such.ckpt"})
 
 
@@ -304,7 +307,11 @@ def test_a_damaged_run_folder(trained: Path, tmp_path: Path) -> None:
     refused(command(tmp_path, *tiny("run_dir=run")), "run/config.json is damaged", "another run_dir=")
     shutil.copyfile(trained / "run/config.json", tmp_path / "run/config.json")
     (tmp_path / "run/record.json").write_text("{")
-    refused(command(tmp_path, *tiny("run_dir=run")), "run/record.json")
+    done = command(tmp_path, *tiny("run_dir=run"))
+    assert done.code == 0, done.err
+    assert "run/record.json: not a whole record" in done.err
+    assert "it is record.json.damaged now" in done.err
+    assert json.loads((tmp_path / "run/record.json").read_text())["attacks"]
 
 
 LONG = ("run_dir=run", "optim.epochs=30", "+callback.interrupt._target_=tests.own.Interrupt")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mi_at.results.measure import STATE
 from mi_at.results.records import Record, read_record
-from tests.commands import Done, command, tiny
+from mi_at.results.runs import RECORD
+from tests.commands import Command, Done, command, tiny
 
 QUICK = ("evaluation=quick", "evaluation.n=10", "evaluation.autoattack_n=4")
 
@@ -87,6 +92,102 @@ def test_output_and_data_from_elsewhere(trained: Path, tmp_path: Path) -> None:
     assert path.parent.parent == tmp_path
     assert record.key == "mimae-digits-cnn_tiny-s0"
     assert list(json.loads(path.read_text())["tags"]) == ["tags", "group"]
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:
+    """And ends with the record of one that nothing happened to."""
+    options = ["checkpoint=best.ckpt", "evaluation=chosen", "evaluation/attacks=[pgd_100,cw_50x10]", "evaluation.n=120"]
+    options += ["evaluation.batch_size=10", "evaluation.attacks.cw_50x10.restarts=3"]
+    running = Command(trained, *options, f"output={tmp_path}/killed", module="mi_at.evaluate")
+
+    def pieces() -> dict[Path, int]:
+        found = (path for path in (tmp_path / "killed").rglob("*.npz") if STATE in path.parts)
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    running.until(lambda: len(pieces()) >= 2)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == 128 + signal.SIGKILL
+    kept = pieces()
+    assert not list(tmp_path.rglob(RECORD))
+
+    running = Command(trained, *options, f"output={tmp_path}/killed", module="mi_at.evaluate")
+    running.until(lambda: len(pieces()) > len(kept))
+    assert {path: time for path, time in pieces().items() if path in kept} == kept, "none is computed again"
+    path, found = record_of(running.wait(), trained)
+    other, expected = record_of(evaluate(trained, *options, f"output={tmp_path}/whole"), trained)
+    assert numbers(found) == numbers(expected)
+    one, two = np.load(path.with_suffix(".npz")), np.load(other.with_suffix(".npz"))
+    assert all(np.array_equal(one[name], two[name]) for name in two.files)
+    assert sorted(entry.name for entry in path.parent.iterdir()) == sorted(
+        entry.name for entry in other.parent.iterdir()
+    )
+    assert not list(tmp_path.rglob(STATE))
+
+
+def numbers(record: Record) -> dict[str, Any]:
+    """A record without its clock."""
+    plain = dataclasses.asdict(record)
+    for row in plain["attacks"]:
+        del row["seconds"]
+    return {key: value for key, value in plain.items() if key not in ("seconds", "date")}
+
+
+def test_processes_share_an_evaluation(trained: Path, tmp_path: Path) -> None:
+    options = ["checkpoint=best.ckpt", "evaluation=chosen", "evaluation/attacks=[pgd_20,fgsm]", "evaluation.n=60"]
+    options += ["evaluation.batch_size=5"]
+    alone, together = (
+        record_of(evaluate(trained, *options, f"processes={count}", f"output={tmp_path}/{count}"), trained)[1]
+        for count in (1, 2)
+    )
+    assert numbers(alone) == numbers(together)
+
+
+def test_a_network_is_its_own_best_surrogate(trained: Path, tmp_path: Path) -> None:
+    """A transfer attack that is made on the network itself is the attack; on another one it finds less."""
+    options = ["evaluation=chosen", "evaluation/attacks=[pgd_20,transfer_pgd_20]", "evaluation.n=60"]
+    found = {}
+    for name in ("best", "last"):
+        run = shutil.copy(trained / "best.ckpt", tmp_path / "network.ckpt")
+        other = shutil.copy(trained / f"{name}.ckpt", tmp_path / f"{name}_elsewhere.ckpt")
+        path, found[name] = record_of(
+            evaluate(tmp_path, f"checkpoint={run}", *options, f"evaluation.surrogate={other}"), tmp_path
+        )
+        assert "elsewhere" not in path.read_text(), "a path is no part of a record"
+    assert found["best"]["transfer_pgd_20"].correct == found["best"]["pgd_20"].correct
+    assert found["best"]["transfer_pgd_20"].description["surrogate"]["name"] == "mimae-digits-cnn_tiny"
+    assert found["last"]["pgd_20"].correct == found["best"]["pgd_20"].correct
+    assert found["last"].config_hash != found["best"].config_hash
+    done = evaluate(trained, "checkpoint=best.ckpt", "evaluation=black_box")
+    assert (done.code, "evaluation.surrogate=" in done.err, "Traceback" in done.err) == (1, True, False)
+
+
+def test_the_audit_is_part_of_the_record(trained: Path, tmp_path: Path) -> None:
+    options = ["evaluation=audit", "evaluation.n=40", "evaluation.audit.n=10", "evaluation.audit.steps=3"]
+    options += ["evaluation.audit.restarts=2", "evaluation.audit.queries=3", f"output={tmp_path}"]
+    done = evaluate(trained, "checkpoint=best.ckpt", *options)
+    _, record = record_of(done, trained)
+    assert record.audit["settings"]["n"] == 10
+    findings = {finding["check"]: finding for finding in record.audit["findings"]}
+    assert f"audit: {record.audit['verdict']}" in done.out
+    assert findings["adaptive"]["severity"] != "not checked", "a run carries its training loss"
+    assert findings["selection"]["severity"] == "pass"
+    assert findings["terms"]["severity"] != "not checked", "the notes of its training are beside it"
+
+
+def test_information_is_part_of_the_record(trained: Path, tmp_path: Path) -> None:
+    options = ["evaluation=chosen", "evaluation/attacks=[pgd_10]", "evaluation.n=40", f"output={tmp_path}"]
+    options += [
+        "evaluation.information=[clean,pgd_10]",
+        "+evaluation.robust_ncmi.rounds=1",
+        "+evaluation.robust_ncmi.steps=2",
+    ]
+    _, record = record_of(evaluate(trained, "checkpoint=best.ckpt", *options), trained)
+    assert list(record.information) == ["clean", "pgd_10", "robust_ncmi"]
+    assert [row["n"] for row in record.information.values()] == [40, 40, 40]
+    assert record.information["pgd_10"]["ncmi"] != record.information["clean"]["ncmi"]
+    assert (record.information["robust_ncmi"]["rounds"], record.information["robust_ncmi"]["steps"]) == (1, 2)
+    done = evaluate(trained, "checkpoint=best.ckpt", "evaluation=quick", "evaluation.information=[pgd_40]")
+    assert (done.code, "pgd_40" in done.err, "Traceback" in done.err) == (1, True, False)
 
 
 @pytest.mark.parametrize(

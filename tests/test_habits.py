@@ -127,7 +127,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_wheel_carries_code_and_configuration(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    code = {name for name in _files() if name.startswith("mi_at/")}
+    code = {name for name in _files() if name.startswith(("mi_at/", "hydra_plugins/"))}
     conf = {f"mi_at/{name}" for name in _files() if name.startswith("conf/")}
     assert {name for name in inside if ".dist-info/" not in name} == code | conf
 

@@ -267,7 +267,42 @@ def test_attacks_are_built_by_name() -> None:
     assert attacks["weak"].describe()["eps"] == 8 / 255
 
 
+# ---------------------------------------------------------------- evaluations
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"audit": "yes"}, "evaluation.audit='yes': expected true, false, or options: n, steps"),
+        ({"audit": {"step": 3}}, r"unknown key evaluation.audit.step: expected one of n, steps.*did you mean steps\?"),
+        ({"robust_ncmi": {"round": 3}}, r"unknown key evaluation.robust_ncmi.round.*did you mean rounds\?"),
+        (
+            {"audit": True, "eps": "0/255"},
+            "evaluation.eps=0/255: at 0 there is nothing to audit; evaluation.audit=false",
+        ),
+        ({"information": ["clean", "pgd_4"]}, r"evaluation.information=pgd_4: .* clean, pgd_40; did you mean pgd_40\?"),
+        ({"robust_ncmi": True, "eps": None}, "evaluation.robust_ncmi needs a ball, and this protocol has no eps"),
+    ],
+)
+def test_what_an_evaluation_adds_is_checked_before_it_begins(changes: dict[str, Any], message: str) -> None:
+    evaluation = {"attacks": {"pgd_40": {}}, "n_of": {}, "eps": 0.1, **changes}
+    if evaluation["eps"] is None:
+        del evaluation["eps"]
+    with pytest.raises(ValueError, match=message):
+        io.resolve_evaluation(evaluation)
+
+
+def test_an_evaluation_without_extras_is_left_as_it_is() -> None:
+    evaluation = {"attacks": {"a": {"eps": 1}}, "n_of": {"a": 3, "b": None}, "n": None, "audit": False}
+    assert io.resolve_evaluation(evaluation) == {**evaluation, "n_of": {"a": 3}}
+
+
 # ---------------------------------------------------------------- configurations
+def test_a_protocol_is_composed_within_another_application(compose: Any) -> None:
+    """What Hydra has going on stays as it was."""
+    before = compose(["seed=3"])
+    assert list(io.compose("quick").evaluation.attacks) == ["fgsm", "pgd_20", "cw_inf", "autoattack"]
+    assert compose(["seed=3"]) == before
+
+
 def test_the_configuration_folder_is_found_from_anywhere(run_folder: Path) -> None:
     assert (Path(io.conf_dir()) / "train.yaml").is_file()
     assert Path(io.conf_dir()).is_absolute()

@@ -24,7 +24,8 @@ DEFENSES = sorted(path.stem for path in (CONF / "defense").glob("*.yaml") if pat
 REGULARIZERS = sorted(path.stem for path in (CONF / "regularizer").glob("*.yaml") if path.stem not in ("none", "mi"))
 BASES = ("standard_at", "trades", "mart", "trades_awp")
 WITHOUT_ATTACK = ("clean_ncmi", "hbar", "ib_rar")  # terms that the papers also add to natural training
-FILES = {"best.ckpt", "last.ckpt", "config.json", "metrics.csv", "trained.json", "record.json", "record.npz"}
+FILES = {"best.ckpt", "last.ckpt", "config.json", "metrics.csv", "trained.json"}
+FILES |= {"record.json", "record.npz", "record.html", "examples.npz"}
 
 
 def learning(method: str, group: str) -> list[str]:
@@ -89,8 +90,9 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, defense: str, regularize
     assert done.err == ""
     key = f"{defense}{'' if attacked else '+mi'}-digits-cnn_tiny-s0"
     (run,) = (tmp_path / "runs").glob(f"{key}-*")  # namid's stages lie beside it
-    # ce never makes an adversarial image of its own, but validation does
-    assert {path.name for path in run.iterdir()} == FILES | {"samples.png"}
+    # ce never makes an adversarial image of its own, but validation does; ib_rar is also evaluated without its mask
+    others = {"evaluations"} if defense == "ib_rar" else set()
+    assert {path.name for path in run.iterdir()} == FILES | {"samples.png"} | others
 
     losses = values(run, "train/loss")
     assert len(losses) == 6
@@ -344,6 +346,55 @@ def test_shares_of_terms_are_logged_where_they_were_measured(tmp_path: Path) -> 
     terms = read_record(run / "record.json").training["terms"]
     assert terms["gradient/bce"]["max"] == pytest.approx(max(float(row["gradient/bce"]) for row in rows))
     assert len(values(run, "train/loss")) == 6, "a step has one row"
+
+
+# ---------------------------------------------------------------- what terms leave in a record
+def test_what_terms_made_of_their_options_and_read_is_recorded(tmp_path: Path) -> None:
+    options = ["regularizer=[ib_rar,namid]", "regularizer.ib_rar.layers=robust", *learning("namid", "regularizer")]
+    run = train(tmp_path, "defense=standard_at", *options, "trainer.inspect_every=2", "trainer.log_every_n_steps=1")
+    training = read_record(run / "record.json").training
+    used = {"layers": ["conv3", "fc1"], "batch_scale": True, "alpha_used": pytest.approx(0.04), "batch": 20}
+    assert training["settings"] == {"ib_rar": used}
+    selected = training["readings"]["namid/selected"]
+    rows = [float(row["train/namid/selected"]) for row in metrics(run) if row["step"] in ("0", "2", "4")]
+    rows = [value for value in rows if value == value]
+    assert (selected["min"], selected["max"]) == (min(rows), max(rows))
+    assert set(training["readings"]) == {f"namid/{name}" for name in NAMID_READS}
+    assert not any(name.startswith("reading") for name in training["terms"])
+
+
+NAMID_READS = ("selected", "natural_clean", "natural_adversarial", "adversarial_clean", "adversarial_adversarial")
+
+
+@pytest.mark.parametrize(("options", "label"), [
+    (["defense=ib_rar"], "without the mask"),
+    (["defense=standard_at", "regularizer=ib_rar", "regularizer.ib_rar.mask.at_test=false"], "with the mask"),
+])  # fmt: skip
+def test_ib_rar_is_recorded_with_and_without_its_mask(tmp_path: Path, options: list[str], label: str) -> None:
+    key = "defense" if options == ["defense=ib_rar"] else "regularizer.ib_rar"
+    run = train(tmp_path, *options, f"{key}.mask.fraction=0.5", "evaluation=quick", "optim.epochs=8")
+    main, (other,) = read_record(run / "record.json"), map(read_record, (run / "evaluations").glob("*/record.json"))
+    assert [row.name for row in other.attacks] == ["clean", "fgsm", "pgd_20", "cw_inf", "worst of fgsm, pgd_20, cw_inf"]
+    assert other.checkpoint == {**main.checkpoint, "served": label}
+    node = other.config["defense"] if key == "defense" else other.config["regularizer"]["ib_rar"]
+    assert node["mask"]["at_test"] == (label == "with the mask")
+    net: Any = mi_at.load(run / "best.ckpt")
+    masked = label == "without the mask"
+    assert (net.last_conv_gate.on, other.config_hash != main.config_hash) == (masked, True)
+    found = {}
+    for record, on in ((main, masked), (other, not masked)):
+        net.last_conv_gate.on = on
+        with torch.no_grad():
+            found[on] = net(test_images(10)).argmax(dim=1).tolist()
+        path = run if record is main else next((run / "evaluations").iterdir())
+        assert np.load(path / "record.npz")["clean.prediction"].tolist() == found[on]
+    assert found[True] != found[False]
+
+
+def test_a_mask_that_is_never_at_test_leaves_one_record(tmp_path: Path) -> None:
+    for number, options in enumerate((["defense.mask.fraction=0"], ["defense.mask.applied=refresh"])):
+        (tmp_path / str(number)).mkdir()
+        assert not (train(tmp_path / str(number), "defense=ib_rar", *options) / "evaluations").exists()
 
 
 # ---------------------------------------------------------------- several runs

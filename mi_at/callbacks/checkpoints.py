@@ -58,7 +58,12 @@ class Best(ModelCheckpoint):
     """`best.ckpt`: highest robust accuracy on validation, the worst of the selection attacks, on the weights served.
 
     It is written at the end of a validation: at the end of the epoch an average of the weights has already moved on.
+
+    Attributes:
+        last_score: of the last validation, in percent; None before the first.
     """
+
+    last_score: float | None = None
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(
@@ -72,8 +77,20 @@ class Best(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, and note the score."""
+        if (score := trainer.callback_metrics.get("val/robust")) is not None:
+            self.last_score = float(score)
+        super().on_validation_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the last score."""
+        return {**super().state_dict(), "last_score": self.last_score}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score back, also in a run folder that was moved."""
+        state_dict = dict(state_dict)
+        self.last_score = state_dict.pop("last_score", None)
         here = str(Path(str(self.dirpath)) / "best.ckpt")
         paths = {name: here for name in ("best_model_path", "kth_best_model_path") if state_dict[name]}
         scores = {here: state_dict["best_model_score"]} if state_dict["best_k_models"] else {}

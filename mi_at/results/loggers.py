@@ -25,9 +25,13 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from mi_at.evaluation.outcomes import CLEAN
+from mi_at.evaluation.outcomes import CLEAN, Examples
 from mi_at.functional.geometry import parse_eps
+from mi_at.results.examples import beside
+from mi_at.results.page_data import FINDING, Outcomes, classes, curves, findings, for_counts, predictions, verdict
+from mi_at.results.page_pictures import amplification, caption, strip
 from mi_at.results.records import Record
+from mi_at.results.terminal import NOT_RUN
 
 MODES = ("auto", "online", "offline", "disabled")
 INIT_TIMEOUT = 30.0  # seconds that W&B may take to begin a run
@@ -35,7 +39,7 @@ FINISH_TIMEOUT = 300.0  # seconds that the last upload may take; what is missing
 DATA_DIR = "WANDB_DATA_DIR"
 PUBLIC_HOST = "api.wandb.ai"
 EVALUATION = "evaluation"
-COLUMNS = ("attack", "norm", "eps", "steps", "n", "accuracy", "flags")
+COLUMNS = ("attack", "norm", "eps", "steps", "n", "accuracy", "flags", "audit")
 
 
 # ---------------------------------------------------------------- makers
@@ -167,22 +171,56 @@ def build(
 
 
 @rank_zero_only
-def log_evaluation(loggers: Iterable[Logger], record: Record, *, step: int | None = None) -> None:
-    """Log a record, then close the loggers: `test/<attack>` in percent everywhere, and a table in W&B.
+def log_evaluation(
+    loggers: Iterable[Logger], record: Record, *, step: int | None = None, path: str | Path | None = None
+) -> None:
+    """Log a record, then close the loggers: `test/<attack>` in percent everywhere, and in W&B all that its page shows.
+
+    That is a table of the numbers and, where the record or what lies beside it has them, the audit, accuracy by class,
+    curves over eps and steps, and the strongest examples.
 
     Args:
         loggers: of the run.
         record: its evaluation.
         step: finished steps of training; None: where each logger stands.
+        path: of the record on disk; the outcomes and examples beside it are logged too.
+
+    Raises:
+        RecordError: what lies beside the record is damaged.
     """
     loggers = list(loggers)
-    names = [re.sub(r"[^\w.+-]+", "_", row.name) for row in record.attacks]
+    names = [_in_a_name(row.name) for row in record.attacks]
     accuracies = {f"test/{name}": 100 * row.accuracy for name, row in zip(names, record.attacks, strict=True)}
+    outcomes, examples = (None, {}) if path is None else beside(path)
     for logger in loggers:
         logger.log_metrics(accuracies, step)
         if isinstance(logger, WandbLogger):
             logger.log_table(EVALUATION, columns=list(COLUMNS), data=_rows(record), step=step)
+            for name, (columns, data) in _tables(record, outcomes).items():
+                logger.log_table(f"{EVALUATION}/{name}", columns=columns, data=data, step=step)
+            for name, found in examples.items():
+                _log_examples(logger, name, found, step)
+        if isinstance(logger, WandbRun):
+            for over in ("eps", "steps"):
+                if data := _curves(record, outcomes, over):
+                    logger.log_curves(f"{EVALUATION}/over_{over}", [over, "accuracy", "curve"], data, step)
     finish(loggers)
+
+
+def _log_examples(logger: WandbLogger, name: str, found: Examples, step: int | None) -> None:
+    """Clean, adversarial and difference side by side, with what the network says."""
+    if not len(found.label):
+        return
+    factor = amplification(found.x, found.x_adv)
+    places = range(len(found.label))
+    words = [f"{caption(found, place)}; difference x {factor:g}" for place in places]
+    strips = [strip(found, place, factor) for place in places]
+    logger.log_image(f"{EVALUATION}/examples/{_in_a_name(name)}", strips, step, caption=words)
+
+
+def _in_a_name(text: str) -> str:
+    """With what W&B has no place for in a name replaced."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 @rank_zero_only
@@ -231,8 +269,34 @@ def _rows(record: Record) -> list[list[Any]]:
             row.n,
             100 * row.accuracy,
             " ".join(row.flags),
+            verdict(record) or NOT_RUN,
         ]
         for row in record.attacks
+    ]
+
+
+def _tables(record: Record, outcomes: Outcomes | None) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Columns and rows of the other tables, by name; without those there is nothing for."""
+    made: dict[str, tuple[list[str], list[list[Any]]]] = {}
+    if listed := findings(record):
+        made["audit"] = list(FINDING), [[item[part] for part in FINDING] for item in listed]
+    row = for_counts(record)
+    found = None if row is None else predictions(row, outcomes)
+    if row is not None and found is not None and outcomes is not None:
+        columns = ["class", "n", "clean", "robust", "attack"]
+        made["classes"] = (
+            columns,
+            [[k, n, 100 * clean / n, 100 * robust / n, row.name] for k, n, clean, robust in classes(outcomes, found)],
+        )
+    return made
+
+
+def _curves(record: Record, outcomes: Outcomes | None, over: str) -> list[list[Any]]:
+    """Setting, accuracy in percent and name, point by point."""
+    return [
+        [float(x), 100 * y, f"{curve.name} ({curve.norm}, n {curve.n})"]
+        for curve in curves(record, outcomes, over)
+        for x, y, _, _ in curve.intervals()
     ]
 
 
@@ -417,11 +481,35 @@ class WandbRun(WandbLogger):
         dataframe: Any = None,
         step: int | None = None,
     ) -> None:
-        """As `WandbLogger` does, with the table's files in the run folder; W&B would put them into the home."""
+        """As `WandbLogger` does, with the table's files in the run folder."""
+        with self._own_data():
+            super().log_table(key, columns, data, dataframe, step)
+
+    @rank_zero_only
+    def log_curves(self, key: str, columns: list[str], data: list[list[Any]], step: int | None = None) -> None:
+        """Log a chart of lines.
+
+        Args:
+            key: its name.
+            columns: of x, of y, and of the line's name.
+            data: rows of them.
+            step: finished steps; None: where the run stands.
+        """
+        import wandb as library
+
+        x, y, line = columns
+        with self._own_data():
+            table = library.Table(columns=list(columns), data=data)
+            chart: dict[str, Any] = {key: library.plot.line(table, x, y, stroke=line, title=key)}
+            self.log_metrics(chart, step)
+
+    @contextlib.contextmanager
+    def _own_data(self) -> Iterator[None]:
+        """Tables' files go into the run folder; W&B would put them into the home."""
         given = os.environ.get(DATA_DIR)
         os.environ[DATA_DIR] = given or str(Path(self._wandb_init["dir"]).absolute() / "wandb")
         try:
-            super().log_table(key, columns, data, dataframe, step)
+            yield
         finally:
             if given is None:
                 del os.environ[DATA_DIR]

@@ -70,6 +70,21 @@ NOT_HASHED: tuple[str, ...] = (
 )
 """Keys, with all below them, that cannot change a number."""
 
+OFF: Mapping[str, Any] = {
+    "evaluation.audit": False,
+    "evaluation.information": [],
+    "evaluation.robust_ncmi": False,
+    "evaluation.surrogate": None,
+    "evaluation.survivors": False,
+    # of any attack: what its class takes where nothing is said
+    "evaluation.attacks.*.restarts": 1,
+    "evaluation.attacks.*.kappa": 0.0,
+    "evaluation.attacks.autoattack.attacks": None,
+    "evaluation.attacks.autoattack.queries": 5000,
+    "evaluation.attacks.autoattack.targets": 9,
+}
+"""Options that change nothing at these values: left out there, so that what had no such option keeps its hash."""
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -144,6 +159,8 @@ class Record:
         seconds: the evaluation's time. date: UTC, ISO 8601.
         training: notes of the run, e.g. shares of the loss terms, precision of the attack, hours.
         tags: what the run belongs to, e.g. {"table": "mimae_t8", "cell": "mimae"}.
+        information: CMI, separation and NCMI of all outputs, by attack and "clean", where they were asked for.
+        audit: {"verdict", "findings", ...} (`mi_at.evaluation.audit_findings.Audit.plain`), where there was one.
         schema: of this document.
     """
 
@@ -166,6 +183,8 @@ class Record:
     date: str
     training: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
+    information: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def __getitem__(self, name: str) -> AttackRecord:
@@ -192,6 +211,8 @@ def make_record(
     device: torch.device | str = "cpu",
     training: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
+    information: Mapping[str, Any] | None = None,
+    audit: Mapping[str, Any] | None = None,
 ) -> Record:
     """Everything a number needs to be believed.
 
@@ -206,6 +227,8 @@ def make_record(
         device: that evaluated.
         training: notes on the run.
         tags: what it belongs to.
+        information: of all outputs (`mi_at.evaluation.information`).
+        audit: what it found (`Audit.plain()`).
 
     Returns:
         The record; its values are plain.
@@ -215,7 +238,7 @@ def make_record(
     """
     if "rule" not in checkpoint:
         raise RecordError(f"checkpoint={dict(checkpoint)}: expected a key 'rule' (best, last, epoch_076)")
-    evaluated = _plain(_hashed_part(config), "config")
+    evaluated = _plain(hashed_part(config), "config")
     return Record(
         key=run_key(config, names),
         names=_plain(dict(names or {}), "names"),
@@ -236,6 +259,8 @@ def make_record(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         training=_plain(dict(training or {}), "training"),
         tags=_plain(dict(tags or {}), "tags"),
+        information=_plain(dict(information or {}), "information"),
+        audit=_plain(dict(audit or {}), "audit"),
     )
 
 
@@ -280,8 +305,15 @@ def run_key(config: Mapping[str, Any], names: Mapping[str, Any] | None = None) -
         ...           "regularizer": {"mi": {}}, "seed": 1}
         >>> run_key(config)
         'ce+mi-digits-net-s1'
+
+    A network trained elsewhere has neither: `<file of weights>-<dataset>-<model>`.
+
+        >>> run_key(config, {"weights": "theirs"})
+        'theirs-digits-net'
     """
     names = names or {}
+    if "weights" in names:
+        return "-".join(_name(group, config, names) for group in ("weights", "dataset", "model"))
     defense, dataset, model = (_name(group, config, names) for group in ("defense", "dataset", "model"))
     added = names.get("regularizer", list(config.get("regularizer") or {}))
     regularizers = added.split(",") if isinstance(added, str) else list(added or ())
@@ -313,14 +345,14 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = (), proce
         >>> config_hash({"seed": 0, "logger": "csv"}) == config_hash({"logger": None, "seed": 0.0})
         True
     """
-    content: Any = _canonical(_hashed_part(config, without))
+    content: Any = _canonical(hashed_part(config, without))
     if processes is not None and processes != 1:
         content = [content, {"processes": processes}]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _hashed_part(config: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+def hashed_part(config: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration without the keys that cannot change a number; empty sections stay."""
     left_out = {*NOT_HASHED, *without}
     dataset = config.get("dataset")
@@ -333,8 +365,13 @@ def _pruned(section: Mapping[str, Any], left_out: set[str], prefix: str) -> dict
     return {
         str(key): _pruned(value, left_out, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in section.items()
-        if f"{prefix}{key}" not in left_out
+        if f"{prefix}{key}" not in left_out and not _is_off(f"{prefix}{key}", value)
     }
+
+
+def _is_off(key: str, value: Any) -> bool:
+    any_attack = re.sub(r"^(evaluation\.attacks)\.[^.]*\.", r"\1.*.", key)
+    return any(name in OFF and OFF[name] == value for name in (key, any_attack))
 
 
 def _canonical(value: Any) -> Any:
@@ -434,7 +471,7 @@ def write_record(path: str | Path, record: Record, result: EvaluationResult | No
     if result is not None:
         write_outcomes(path.with_suffix(".npz"), result)
     text = json.dumps(asdict(record), indent=1, allow_nan=False)
-    _write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (text + "\n").encode())
     return path
 
 
@@ -518,7 +555,7 @@ def write_outcomes(path: str | Path, result: EvaluationResult) -> Path:
         arrays[f"{row.name}.distance"] = row.distance.numpy()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    _write_atomically(Path(path), buffer.getvalue())
+    write_atomically(Path(path), buffer.getvalue())
     return Path(path)
 
 
@@ -535,7 +572,7 @@ def read_outcomes(path: str | Path) -> dict[str, np.ndarray]:
         raise RecordError(f"{path}: not a whole file of outcomes ({error}): set it aside and run again") from error
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write beside the target, then rename over it: whole or not at all."""
     part: str | None = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
@@ -14,11 +15,12 @@ from mi_at.results.records import AttackRecord, Record
 HEADINGS = ("attack", "norm", "eps", "steps", "n", "accuracy %", "flags")
 BARE_FROM = 1000  # below so many samples the interval is printed beside the number (the audit's n_small)
 NOT_RUN = "-"
+GRAVE = ("fail", "warn")  # severities of the audit that are always spelled out
 _RIGHT = {"eps", "steps", "n", "accuracy %"}
 
 
 def print_table(record: Record, *, stream: TextIO | None = None) -> None:
-    """Print a record's rows, and a sentence per flag below them.
+    """Print a record's rows, a sentence per flag below them, and what the audit found where there was one.
 
     Args:
         record: what to show.
@@ -31,9 +33,33 @@ def print_table(record: Record, *, stream: TextIO | None = None) -> None:
     notes = [
         f"{row.name}: {row.messages[flag]}" for row in record.attacks for flag in row.flags if flag in row.messages
     ]
+    notes += audit_lines(record)
     if not (stream.isatty() and _print_rich(title, rows, notes, stream)):
         stream.write("\n".join([title, *_columns(rows), *notes]) + "\n")
     stream.flush()
+
+
+def audit_lines(record: Record) -> list[str]:
+    """The verdict, every finding that speaks against the numbers, and how many other checks ended how.
+
+    Args:
+        record: one that was not audited gives nothing.
+    """
+    if not record.audit:
+        return []
+    findings = record.audit.get("findings", [])
+    grave = [finding for severity in GRAVE for finding in findings if finding["severity"] == severity]
+    lines = [f"audit: {record.audit['verdict']}"]
+    for found in grave:
+        todo = f" To do: {found['todo']}." if found["todo"] else ""
+        lines.append(
+            f"  {found['severity']} {found['check']}: {found['measured']}. {_sentence(found['meaning'])}.{todo}"
+        )
+    counts = Counter(finding["severity"] for finding in findings if finding not in grave)
+    if counts:
+        others = ", ".join(f"{count} {severity}" for severity, count in sorted(counts.items()))
+        lines.append(f"  {'other checks' if grave else 'checks'}: {others}")
+    return lines
 
 
 def print_header(title: str, facts: Mapping[str, str], *, stream: TextIO | None = None) -> None:
@@ -61,7 +87,8 @@ def table_row(row: AttackRecord) -> tuple[str, ...]:
 def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[str, str], *, first: str = "run") -> str:
     """Records as a Markdown table: a row per record, a column per attack.
 
-    The heading of a column names eps and n, which must be the same in all rows: a table never mixes them.
+    The heading of a column names eps and n, which must be the same in all rows: a table never mixes them. Where a
+    record was audited, the last column holds the verdicts.
 
     Args:
         records: the rows.
@@ -79,10 +106,15 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
         if len(found := {str(getattr(record, what)) for record in records}) > 1:
             raise ValueError(f"a table never mixes values of {what}, found {', '.join(sorted(found))}")
     cells = {name: [_find(record, name) for record in records] for name in headings}
+    audited = any(record.audit for record in records)
     titles = [first, *(_column_title(heading, name, cells[name]) for name, heading in headings.items())]
-    lines = [_markdown(titles), _markdown(["---", *("---:" for _ in headings)])]
+    lines = [
+        _markdown([*titles, *(["audit"] if audited else [])]),
+        _markdown(["---", *("---:" for _ in headings), *(["---"] if audited else [])]),
+    ]
     for place, record in enumerate(records):
-        lines.append(_markdown([f"`{record.key}`", *(_cell(cells[name][place]) for name in headings)]))
+        verdict = [str(record.audit.get("verdict", NOT_RUN))] if audited else []
+        lines.append(_markdown([f"`{record.key}`", *(_cell(cells[name][place]) for name in headings), *verdict]))
     return "\n".join(lines) + "\n"
 
 
@@ -115,6 +147,10 @@ def format_eps(eps: float | str) -> str:
     if round(levels) and abs(levels - round(levels)) < 1e-5:
         return f"{round(levels)}/255"
     return f"{value:.4g}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _find(record: Record, name: str) -> AttackRecord | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose as hydra_compose
@@ -34,9 +35,11 @@ from mi_at.callbacks.speed import Speed
 from mi_at.data.digits import Digits
 from mi_at.defenses.trades import Trades
 from mi_at.evaluation import evaluate
-from mi_at.results import loggers
-from mi_at.results.records import Record, make_record
+from mi_at.results import loggers, page_data
+from mi_at.results.examples import write_examples
+from mi_at.results.records import Record, make_record, write_record
 from tests.callbacks import fits
+from tests.results import pages
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CONFIG = {"seed": 0, "defense": {"beta": 6.0}, "attack": {"eps": "8/255"}, "keep_epochs": [1, 2], "init_from": None}
@@ -301,7 +304,7 @@ def test_an_offline_run_holds_metrics_images_table_and_config(
 
     (reference,) = run.of("evaluation")
     table = json.loads((run.files / reference["path"]).read_text())
-    assert table["columns"] == ["attack", "norm", "eps", "steps", "n", "accuracy", "flags"]
+    assert table["columns"] == ["attack", "norm", "eps", "steps", "n", "accuracy", "flags", "audit"]
     by_name = {row[0]: row for row in table["data"]}
     assert by_name["clean"][1:5] == [None, None, None, 12]
     assert by_name["fgsm"][1] == "linf"
@@ -318,6 +321,65 @@ def test_an_offline_run_holds_metrics_images_table_and_config(
     assert list(folder.glob("wandb/artifacts/staging/*"))
     printed = capfd.readouterr()
     assert "wandb" not in printed.out + printed.err, "it is silent"
+
+
+def test_all_that_a_page_shows_goes_to_wandb_too(tmp_path: Path, nobody: Path) -> None:
+    result = pages.evaluation()
+    wanted = pages.record(result, audit=pages.AUDIT)
+    known = pages.examples(result)
+    path = write_record(tmp_path / "evaluated" / "record.json", pages.record(result), result)
+    write_examples(path.with_name("examples.npz"), {**known, "pgd 5, ce": known["fgsm"]})
+    made = [loggers.wandb(folder=tmp_path / "run", key="k", config_hash="h", project="p")]
+    loggers.log_evaluation(made, wanted, step=4, path=path)
+    (run,) = offline_runs(tmp_path / "run")
+
+    def table(name: str) -> tuple[list[str], list[list[Any]]]:
+        (reference,) = run.of(name)
+        stored = json.loads((run.files / reference["path"]).read_text())
+        return stored["columns"], stored["data"]
+
+    columns, data = table("evaluation")
+    assert {row[columns.index("audit")] for row in data} == {"fail"}
+
+    columns, data = table("evaluation/audit")
+    assert columns == ["check", "severity", "measured", "threshold", "meaning", "todo"]
+    assert [row[1] for row in data] == ["fail", "warn", "not checked", "pass"]
+    assert data[0] == ["unbounded", "fail", "0.25", "0.01", "masked", "adapt"]
+
+    columns, data = table("evaluation/classes")
+    assert columns == ["class", "n", "clean", "robust", "attack"]
+    row = page_data.for_counts(wanted)
+    assert row is not None
+    assert sum(n for _, n, *_ in data) == row.n
+    assert sum(n * robust / 100 for _, n, _, robust, _ in data) == pytest.approx(row.correct)
+    assert sum(n * clean / 100 for _, n, clean, *_ in data) == pytest.approx(wanted["clean"].correct)
+
+    for over, places in (("eps", [0, 0.05, 0.1, 0.2]), ("steps", [1, 5, 10])):
+        columns, data = table(f"evaluation/over_{over}_table")
+        assert columns == [over, "accuracy", "curve"]
+        assert [x for x, *_ in data] == pytest.approx(places)
+        assert data[1][1] == pytest.approx(100 * wanted["pgd_5"].accuracy)
+
+    for name, examples in (("fgsm", known["fgsm"]), ("pgd_5", known["pgd_5"]), ("pgd_5_ce", known["fgsm"])):
+        (pictures,) = run.of(f"evaluation/examples/{name}")
+        assert len(pictures["filenames"]) == len(examples.label) == 3
+        assert pictures["captions"][1] == "image 5: 1, under attack 2, 75.0 % sure; difference x 10"
+        with Image.open(run.files / pictures["filenames"][1]) as shown:
+            pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[:1, ::7]
+        for place, image in enumerate((examples.x[1], examples.x_adv[1])):
+            left = place * (56 + 4)
+            assert torch.equal(pixels[:, :, left : left + 56 : 7], (image * 255).round().to(torch.uint8))
+    assert not (nobody / ".local").exists(), "its files are in the run folder"
+
+
+def test_without_outcomes_examples_or_audit_there_is_the_table_alone(tmp_path: Path) -> None:
+    path = write_record(tmp_path / "evaluated" / "record.json", record())
+    made = [loggers.wandb(folder=tmp_path / "run", key="k", config_hash="h", project="p")]
+    loggers.log_evaluation(made, record(), step=4, path=path)
+    (run,) = offline_runs(tmp_path / "run")
+    assert {name for line in run.history for name in line if name.startswith("evaluation")} == {"evaluation"}
+    columns = json.loads((run.files / run.of("evaluation")[0]["path"]).read_text())
+    assert {row[-1] for row in columns["data"]} == {"-"}
 
 
 def test_a_resumed_run_goes_on_under_its_id(tmp_path: Path) -> None:

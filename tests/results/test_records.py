@@ -56,6 +56,17 @@ def test_record_says_how_the_number_came_about() -> None:
         made["cw"]
 
 
+def test_audit_travels_with_the_record_and_old_records_have_none(tmp_path: Path) -> None:
+    findings = [{"check": "reach", "severity": "pass", "measured": torch.tensor(1.5)}]
+    made = record(audit={"verdict": "pass", "findings": findings})
+    path = write_record(tmp_path / "record.json", made)
+    assert read_record(path).audit == {"verdict": "pass", "findings": [{**findings[0], "measured": 1.5}]}
+    old = json.loads(path.read_text())
+    del old["audit"]
+    path.write_text(json.dumps(old))
+    assert read_record(path).audit == record().audit == {}
+
+
 def test_nothing_of_the_machine_but_its_kind() -> None:
     made = record(config=config(dataset__root="/elsewhere/somebody/data", run_dir="/scratch/somebody", hydra={"a": 1}))
     assert "somebody" not in json.dumps(made.config)
@@ -152,9 +163,9 @@ def test_failed_write_keeps_the_previous_record(tmp_path: Path, monkeypatch: pyt
 def test_outcomes_come_before_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that is there is complete."""
     written: list[str] = []
-    write = records._write_atomically
+    write = records.write_atomically
     monkeypatch.setattr(
-        records, "_write_atomically", lambda path, content: (written.append(path.name), write(path, content))
+        records, "write_atomically", lambda path, content: (written.append(path.name), write(path, content))
     )
     result = evaluation()
     write_record(tmp_path / "record.json", record(result), result)

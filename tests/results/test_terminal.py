@@ -46,6 +46,53 @@ def test_terminal_table_keeps_the_intervals() -> None:
     assert "accuracy %" in text
 
 
+AUDIT = {
+    "verdict": "fail",
+    "findings": [
+        {
+            "check": name,
+            "severity": how,
+            "measured": f"{name} found",
+            "threshold": "t",
+            "meaning": "m",
+            "todo": todo,
+        }
+        for name, how, todo in (
+            ("reach", "warn", "take more steps"),
+            ("zero_grad", "fail", "attack around it"),
+            ("steps", "pass", ""),
+            ("softmax", "pass", ""),
+            ("adaptive", "not checked", "give them"),
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_audit_is_printed_gravest_first(stream: type[io.StringIO]) -> None:
+    lines = [line.strip() for line in printed(stream(), audit=AUDIT).splitlines()]
+    start = lines.index("audit: fail")
+    said = " ".join(lines[start + 1 :])  # a terminal breaks lines
+    assert said == (
+        "fail zero_grad: zero_grad found. M. To do: attack around it. "
+        "warn reach: reach found. M. To do: take more steps. "
+        "other checks: 1 not checked, 2 pass"
+    )
+
+
+def test_no_audit_no_line() -> None:
+    assert "audit" not in printed(io.StringIO())
+
+
+def test_verdict_is_a_column_where_a_record_has_one() -> None:
+    first, second = record(seed=0, audit=AUDIT), record(seed=1)
+    lines = markdown_table([first, second], ["clean"]).splitlines()
+    assert lines[0] == "| run | clean (n 40) | audit |"
+    assert lines[1] == "| --- | ---: | --- |"
+    assert lines[2].endswith("| fail |")
+    assert lines[3].endswith("| - |")
+
+
 def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(record())
     assert "pgd_20" in capsys.readouterr().out
