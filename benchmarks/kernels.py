@@ -86,9 +86,9 @@ def channel_kernels(maps: Tensor) -> list[Tensor]:
     """Shifted Gaussian kernel matrices of all channels, 16 at a time, that the mask's factors are made of."""
     made = []
     for part in maps.flatten(2).transpose(0, 1).double().split(16 if maps.device.type == "cpu" else maps.shape[1]):
-        squares = part.square().sum(dim=2, keepdim=True)
-        exponent = (part @ part.mT - squares / 2 - squares.mT / 2) / (SIGMA**2 * part.shape[2])
-        kernel = exponent.exp_()
+        part = (part - part.mean(dim=1, keepdim=True)) / (SIGMA * part.shape[2] ** 0.5)
+        half, one = part.square().sum(dim=2, keepdim=True) / 2, torch.ones_like(part[..., :1])
+        kernel = (torch.cat([part, -half, one], dim=2) @ torch.cat([part, one, -half], dim=2).mT).exp_()
         kernel.diagonal(dim1=1, dim2=2).add_(EPS * IMAGES)
         made.append(kernel)
     return made

@@ -1,8 +1,9 @@
 """Extra time of a training step of every method over standard_at, beside what its paper says.
 
-The real defense, attack and hooks in a bare loop with PGD-10, one thread. Every round runs every method once; a
-ratio is the median over rounds of the ratio to standard_at within a round, in CPU time: a busy machine disturbs all
-alike. What a method does once an epoch (ncmi_relaxed's pass over the training set) is added per batch.
+The real defense, attack and hooks in a bare loop with PGD-10, one thread. Every round runs every method once, and the
+method it is compared with right before and right after it; a ratio is the median over rounds, in CPU time: a busy
+machine disturbs both alike. What a method does once an epoch (ncmi_relaxed's pass over the training set) is added per
+batch.
 
     python benchmarks/methods.py [--rounds 5] [--batch-size 32] [--width 0.5] [--json FILE]
 
@@ -164,16 +165,17 @@ class Timed:
         return (time.process_time() - start) / relaxed.batch_factor
 
 
-def measure(rounds: int, batch_size: int, width: float) -> dict[str, list[float]]:
-    """CPU seconds of each method by round, after one that warms up."""
+def measure(rounds: int, batch_size: int, width: float) -> dict[str, list[tuple[float, float]]]:
+    """CPU seconds of each method and of what it is compared with, by round, after one that warms up."""
     data = random_batch(batch_size, 3, SIDE)
     timed = {name: Timed(method, data, width) for name, method in METHODS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     for number in range(rounds + 1):
         for name, run in timed.items():
-            spent = run.step() + run.pass_over_a_batch()
+            over = timed[METHODS[name].over]
+            before, own, after = over.step(), run.step() + run.pass_over_a_batch(), over.step()
             if number:
-                seconds[name].append(spent)
+                seconds[name].append((own, (before + after) / 2))
         print(f"round {number} of {rounds}", flush=True)
     return seconds
 
@@ -192,11 +194,10 @@ def main() -> None:
     print(f"  {'method':<30} {'seconds':>8} {'over':<12} {'extra %':>8} {'range':>16} {'paper %':>8}  where")
     ratios = {}
     for name, method in METHODS.items():
-        pairs = zip(seconds[name], seconds[method.over], strict=True)
-        extra = sorted(100 * (a / b - 1) for a, b in pairs)
+        extra = sorted(100 * (own / over - 1) for own, over in seconds[name])
         ratios[name] = median(extra)
         span, paper = f"{extra[0]:.0f} to {extra[-1]:.0f}", "-" if method.paper is None else f"{method.paper:.0f}"
-        line = f"  {name:<30} {median(seconds[name]):>8.2f} {method.over:<12} {ratios[name]:>8.0f}"
+        line = f"  {name:<30} {median(own for own, _ in seconds[name]):>8.2f} {method.over:<12} {ratios[name]:>8.0f}"
         print(f"{line} {span:>16} {paper:>8}  {method.where}")
     if options.json is not None:
         result = {"where": where, **vars(options), "json": str(options.json), "seconds": seconds, "extra": ratios}
