@@ -26,8 +26,8 @@ TINY = (
 )
 """A run of a second: 2 epochs of 3 batches, on real digits."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mi_at.train", "mi_at.evaluate"])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["mi_at.train", "mi_at.evaluate"])
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Command:
 
     def __init__(self, folder: Path, *arguments: str, module: str = "mi_at.train", **environment: str) -> None:
         self._streams = tempfile.TemporaryDirectory()
-        self._process = _context.Process(
+        self._process = FORKED.Process(
             target=_run, args=(module, arguments, str(folder), self._streams.name, environment)
         )
         self._process.start()

@@ -1,6 +1,5 @@
 """What every test may use: one thread a process, real data, composed configurations, process groups."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -18,6 +17,8 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests.commands import FORKED  # noqa: E402
 
 # Bits of a convolution depend on the number of threads; golden outputs are taken with one.
 torch.set_num_threads(1)
@@ -146,9 +147,8 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
 
     def spawned(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
         folder = tmp_path_factory.mktemp("group")
-        context = multiprocessing.get_context("spawn")
         members = [
-            context.Process(target=_member, args=(fn, rank, world_size, folder, args), daemon=True)
+            FORKED.Process(target=_member, args=(fn, rank, world_size, folder, args), daemon=True)
             for rank in range(world_size)
         ]
         for member in members:

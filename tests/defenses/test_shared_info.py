@@ -625,7 +625,7 @@ def everything(rank: int, processes: int) -> dict[str, Any]:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_train_as_one(processes: int, spawn: Callable[..., Any]) -> None:
     alone = everything(0, 1)
     for name, expected in alone.items():

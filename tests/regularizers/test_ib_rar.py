@@ -577,7 +577,7 @@ def everything(rank: int, processes: int, weights: ddp.State) -> dict[str, Any]:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("k", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_training_on_k_processes_is_training_on_one(k: int, spawn: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     weights = {name: value.double() for name, value in ddp.network().state_dict().items()}

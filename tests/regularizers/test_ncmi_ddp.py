@@ -126,7 +126,7 @@ def alone() -> dict[str, Any]:
 _groups: dict[int, list[dict[str, Any]]] = {}
 
 
-@pytest.fixture(params=[2, 3], ids=lambda k: f"{k} processes")
+@pytest.fixture(params=[pytest.param(2, marks=pytest.mark.slow), 3], ids=lambda k: f"{k} processes")
 def group(request: pytest.FixtureRequest, spawn: Callable[..., Any]) -> Any:
     """The results of k processes by rank, computed once."""
     k = request.param
