@@ -25,8 +25,8 @@ endif
 BIN := $(abspath $(VENV))/bin
 # So that a package that is not installed (VENV=..., make gpu) is found by the processes the tests start.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-# One thread a process: the tests run as many processes as there are cores.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# One thread a process: the tests run as many processes as there are cores. Freed memory is kept, as the commands do.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483647
 
 .PHONY: help
 help: ## list the targets
@@ -48,6 +48,10 @@ test: lint types contracts ## set up, then lint, types, contracts and every test
 .PHONY: test-slow
 test-slow: $(ENVIRONMENT) ## the tests that take minutes: the wheel, the notebooks, whole runs
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+.PHONY: mutants
+mutants: $(ENVIRONMENT) ## plant wrong signs and factors one by one; each must make a test fail (ARGS="namid trades")
+	@$(ONE_THREAD) $(BIN)/python -m tests.mutants $(ARGS)
 
 .PHONY: test-all
 test-all: test test-slow ## both of the above

@@ -24,6 +24,7 @@ EXPECTED: tuple[Check, ...] = (
     ("resume", lambda v: isinstance(v, bool), "true or false"),
     ("keep_epochs", lambda v: isinstance(v, list) and all(whole(e) and e > 0 for e in v), "a list of epochs from 1 on"),
     ("probe", lambda v: isinstance(v, list), "a list of attacks, such as [pgd_20]"),
+    ("probe_ncmi", lambda v: isinstance(v, bool), "true or false"),
     ("tags", lambda v: isinstance(v, list), "a list of words"),
     ("save_every_n_steps", lambda v: whole(v) and v >= 0, "a number of steps, or 0"),
     ("select", lambda v: v in ("auto", "best", "last"), "auto, best or last"),
@@ -75,6 +76,7 @@ def check(config: Mapping[str, Any]) -> None:
         ValueError: naming the keys and the way out.
     """
     check_table(config)
+    check_multirun()
     for key, right, expected in EXPECTED:
         value: Any = functools.reduce(operator.getitem, key.split("."), config)
         if not right(value):
@@ -88,6 +90,11 @@ def check(config: Mapping[str, Any]) -> None:
     if unknown := sorted(set(config["probe"]) - set(config["evaluation"]["attacks"])):
         known = ", ".join(config["evaluation"]["attacks"]) or "none"
         raise ValueError(f"probe={unknown}: expected attacks of evaluation={config['choices']['evaluation']}: {known}")
+    if config["evaluation"].get("mutual_information") and config["choices"]["defense"] != "mi_estimators":
+        raise ValueError(
+            f"evaluation.mutual_information={config['evaluation']['mutual_information']} is estimated by "
+            f"defense=mi_estimators, and this is defense={config['choices']['defense']}: set it to []"
+        )
     optim, data = config["optim"], config["dataset"]
     last = optim["paper_epochs"] or optim["epochs"]
     if late := [epoch for epoch in config["keep_epochs"] if epoch > last]:
@@ -118,6 +125,21 @@ def check_table(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_multirun() -> None:
+    """Refuse what only -m heeds.
+
+    Raises:
+        ValueError: naming it and the way out.
+    """
+    runtime = HydraConfig.get()
+    for group, usual in (("sweep", "none"), ("launcher", "basic")):
+        choice = runtime.runtime.choices.get(group, usual)
+        if choice != usual and runtime.mode != RunMode.MULTIRUN:
+            raise ValueError(
+                f"{group}={choice} is for many runs: give -m too, python -m mi_at.train -m {group}={choice}"
+            )
+
+
 def check_devices(trainer: Mapping[str, Any]) -> None:
     """Refuse GPUs that are not there, and several processes in a multirun.
 
@@ -125,7 +147,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
         ValueError: naming the option.
     """
     devices, there = trainer["devices"], torch.cuda.device_count()
-    wanted = max(devices, default=0) + 1 if isinstance(devices, list) else process_count(trainer)
+    wanted = max(devices, default=0) + 1 if isinstance(devices, list) else process_count({**trainer, "num_nodes": 1})
     if trainer["accelerator"] in ("gpu", "cuda") and wanted > there:
         raise ValueError(f"trainer.devices={devices}: this machine has {there} GPUs; use fewer, or trainer=default")
     if process_count(trainer) > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mi_at.results.pairing import ComparisonError, Row, Side, compare, differences, read_side, term_shares
 from mi_at.results.records import RecordError
+from mi_at.results.statistics import Difference
 from mi_at.results.terminal import NOT_RUN
 
 HEADINGS = (
@@ -17,7 +18,8 @@ HEADINGS = (
     "B %",
     "B - A, points [95 %]",
     "p (Holm)",
-    "right on both clean: A %, B % (n)",
+    "at matched clean accuracy: A %, B % (n)",
+    "B - A there [95 %]",
     "verdict",
 )
 TRAINING = (
@@ -27,6 +29,9 @@ TRAINING = (
     ("precision of the attack", "attack_precision"),
 )
 """Titles and keys of what a run cost, of its training notes."""
+MATCHED = (
+    "At matched clean accuracy: of the images that both get right when clean, so that neither gains by clean accuracy."
+)
 TERM_HEADINGS = ("of", "loss term", "mean share of the loss", "mean share of the gradient")
 
 
@@ -52,7 +57,7 @@ def report(a: Side, b: Side, *, markdown: bool = False) -> str:
     if changed:
         lines += ["What differs in their configurations:", *_table(("key", "A", "B"), changed, markdown), ""]
     lines += _table(HEADINGS, [_cells(row) for row in rows], markdown)
-    lines += ["", _reading(rows, len(a.seeds))]
+    lines += ["", _reading(rows, len(a.seeds)), MATCHED]
     lines += [f"not compared: {sentence}" for sentence in apart]
     lines += ["", *_table(("cost", "A", "B"), _costs(a, b), markdown)]
     terms = [(side_name, *row) for side_name, side in (("A", a), ("B", b)) for row in _terms(side)]
@@ -62,14 +67,17 @@ def report(a: Side, b: Side, *, markdown: bool = False) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    gap = row.difference
-    matched = NOT_RUN
-    if row.both_clean:
+    matched, there = NOT_RUN, NOT_RUN
+    if row.both_clean and row.matched:
         first, second, n = row.both_clean
-        matched = f"{100 * first:.2f}, {100 * second:.2f} ({n})"
+        matched, there = f"{100 * first:.2f}, {100 * second:.2f} ({n})", _points(row.matched)
     p = NOT_RUN if row.p is None else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
-    interval = f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
-    return (row.name, str(row.n), f"{100 * row.a:.2f}", f"{100 * row.b:.2f}", interval, p, matched, verdict(row))
+    accuracies = f"{100 * row.a:.2f}", f"{100 * row.b:.2f}"
+    return (row.name, str(row.n), *accuracies, _points(row.difference), p, matched, there, verdict(row))
+
+
+def _points(gap: Difference) -> str:
+    return f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
 
 
 def verdict(row: Row) -> str:
@@ -93,8 +101,11 @@ def _costs(a: Side, b: Side) -> list[tuple[str, ...]]:
         (title, *(_each([record.training.get(key, NOT_RUN) for record in side.records]) for side in (a, b)))
         for title, key in TRAINING
     ]
-    processors = [_each([record.hardware.get("cpu") for record in side.records]) for side in (a, b)]
-    return [*rows, ("processor of the evaluation", *processors)]
+    for title, key in (("GPU of the evaluation", "gpu"), ("processor of the evaluation", "cpu")):
+        found = [_each([record.hardware.get(key, NOT_RUN) for record in side.records]) for side in (a, b)]
+        rows += [(title, *found)] if set(found) != {NOT_RUN} else []
+    hours = [_each([f"{record.seconds / 3600:.4f}" for record in side.records]) for side in (a, b)]
+    return [*rows, ("evaluation, hours", *hours)]
 
 
 def _each(values: Sequence[object]) -> str:

@@ -42,7 +42,7 @@ def evaluate(cfg: DictConfig) -> None:
         cfg: conf/evaluate.yaml, composed; its evaluation reads the data set of the checkpoint.
     """
     found = io.read_weights(cfg.checkpoint)
-    device = device_of(cfg.device)
+    device, processes = device_of(cfg.device), processes_of(cfg)
     choices = HydraConfig.get().runtime.choices
     if isinstance(found, io.Checkpoint):
         config = _config_of_run(cfg, found)
@@ -53,6 +53,7 @@ def evaluate(cfg: DictConfig) -> None:
         stands_for = {"rule": FILE, "name": found.path.name, "weights": config["weights"]}
         origin = f"{found.path} (trained elsewhere)"
     config["choices"]["evaluation"] = name = str(choices["evaluation"])
+    config, files = stages.identify_surrogate(config)
 
     settings = config["evaluation"]
     attacks = io.build_attacks(settings)
@@ -60,11 +61,12 @@ def evaluate(cfg: DictConfig) -> None:
     data.prepare_data()
     data.setup("test")
     sizes(attacks, data.test_dataloader().num_images, n=settings["n"], n_of=settings["n_of"])
-    served = io.serve(found.path if isinstance(found, io.Checkpoint) else found, attacks, config, data, device=device)
+    surrogate_file = stages.surrogate_file(config, files, train=None)
+    surrogate = stages.load_surrogate(surrogate_file, config, device) if surrogate_file else None
+    trained = found.path if isinstance(found, io.Checkpoint) else found
+    served = io.serve(trained, attacks, config, data, device=device, surrogate=surrogate)
     if isinstance(found, io.Weights):
         checks.check_net(served.net, data)
-    if served.surrogate is not None:
-        settings["surrogate"] = stages.digest(served.surrogate.net.state_dict(), ("",))
     notes = found.path.parent / TRAINED
     training = json.loads(notes.read_text()) if isinstance(found, io.Checkpoint) and notes.is_file() else None
 
@@ -85,10 +87,11 @@ def evaluate(cfg: DictConfig) -> None:
         checkpoint=stands_for,
         path=path,
         device=device,
-        sharing=cfg.processes,
+        sharing=processes,
         training=training,
         adaptive=served.adaptive,
         variants=served.variants,
+        critics=served.critics,
     )
 
 
@@ -331,6 +334,25 @@ def device_of(name: str) -> str:
     if name != "auto" and name not in there:
         raise ValueError(f"device={name}: this machine has {', '.join(there)}; device=auto takes what is there")
     return name if name != "auto" else "cuda" if "cuda" in there else "cpu"
+
+
+def processes_of(cfg: DictConfig) -> int:
+    """How many share the evaluation: `processes`, which trainer=ddp trainer.devices=k sets too.
+
+    Raises:
+        ValueError: not a number of processes of this machine.
+    """
+    if cfg.trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: an evaluation is shared by processes of one machine; start "
+            "the same command on the others with the same output=, and they share its pieces"
+        )
+    processes = cfg.processes
+    if processes == "auto":
+        return max(1, torch.cuda.device_count())
+    if not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"processes={processes}: expected a whole number >= 1, or auto: one for each GPU")
+    return processes
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import functools
 import inspect
@@ -11,10 +12,11 @@ import logging
 import os
 import pickle
 import sys
+import traceback
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from hydra.utils import get_class, get_object
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -38,6 +40,8 @@ from mi_at.data.base import ImageDataModule
 from mi_at.data.batch import Batch
 from mi_at.data.folder import class_names
 from mi_at.defenses.base import Defense, NonFiniteLossError
+from mi_at.defenses.mi_estimators import MIEstimators
+from mi_at.evaluation.mutual_information import CRITICS
 from mi_at.evaluation.outcomes import CLEAN, EvalAttack
 from mi_at.functional.geometry import parse_eps
 from mi_at.regularizers.base import Regularizer
@@ -116,7 +120,11 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     runtime = HydraConfig.get()
     config = plain(cfg)
     config["evaluation"] = resolve_evaluation(config["evaluation"])
-    choices = {group: name for group, name in runtime.runtime.choices.items() if "/" not in group}
+    # How jobs are chosen and launched is no part of a run.
+    process = ("launcher", "sweep")
+    choices = {
+        group: name for group, name in runtime.runtime.choices.items() if "/" not in group and group not in process
+    }
     recipes = sorted(path.stem for path in (Path(conf_dir()) / "recipe").glob("*.yaml"))
     if choices.get("recipe") not in recipes:  # Hydra passes over the optional recipe that is not there
         if choices.get("recipe") != f"{choices['defense']}_{choices['dataset']}_{choices['model']}":
@@ -181,6 +189,7 @@ def resolve_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 EXTRAS = {
     "audit": ("n", "steps", "step_size", "restarts", "queries", "batch_size"),
     "robust_ncmi": ("n", "rounds", "steps", "quantity"),
+    "outputs": ("of", "n", "features", "images"),
 }
 """Options of what an evaluation adds to its attacks."""
 
@@ -193,14 +202,41 @@ def _check_extras(evaluation: Mapping[str, Any], attacks: Mapping[str, Any]) -> 
         if unknown := [key for key in wanted or () if key not in options] if isinstance(wanted, Mapping) else []:
             near = _guess(str(unknown[0]), list(options))
             raise ValueError(f"unknown key {where}.{unknown[0]}: expected one of {', '.join(options)}{near}")
-        if wanted and "eps" not in evaluation:
+        if extra == "outputs" and wanted and (wanted is True or not wanted.get("of")):
+            raise ValueError(f"{where} has no of: expected names, such as {{of: [clean]}}")
+        if wanted and extra != "outputs" and "eps" not in evaluation:
             raise ValueError(f"{where} needs a ball, and this protocol has no eps: take another, such as chosen")
         if wanted and extra == "audit" and not parse_eps(evaluation["eps"]):
             raise ValueError(f"evaluation.eps={evaluation['eps']}: at 0 there is nothing to audit; {where}=false")
-    known = [CLEAN, *attacks]
-    if unknown := [name for name in evaluation.get("information") or () if name not in known]:
-        near = _guess(str(unknown[0]), known)
-        raise ValueError(f"evaluation.information={unknown[0]}: expected some of {', '.join(known)}{near}")
+    lists = {
+        "information": ([CLEAN, *attacks], evaluation.get("information")),
+        "mutual_information": (list(attacks), evaluation.get("mutual_information")),
+        "outputs.of": ([CLEAN, *attacks], (evaluation.get("outputs") or {}).get("of")),
+    }
+    for option, (known, names) in lists.items():
+        if unknown := [str(name) for name in names or () if name not in known]:
+            near = _guess(unknown[0], known)
+            raise ValueError(f"evaluation.{option}={unknown[0]}: expected some of {', '.join(known)}{near}")
+
+
+@contextlib.contextmanager
+def composing() -> Iterator[None]:
+    """Compose conf/ by code; what a Hydra application around it has set is there again afterwards.
+
+    Raises:
+        ValueError: an unknown name or key; the message names those there are.
+    """
+    register_resolvers()
+    before, own = GlobalHydra.get_state(), HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+    finally:
+        GlobalHydra.set_state(before)
+        HydraConfig.instance().cfg = own
 
 
 def compose(evaluation: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -213,16 +249,26 @@ def compose(evaluation: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ValueError: an unknown protocol or key; the message names those there are.
     """
-    register_resolvers()
-    before = GlobalHydra.get_state()
-    GlobalHydra.instance().clear()  # the caller may be a Hydra application itself
-    try:
-        with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-            return hydra.compose("evaluate", overrides=[f"evaluation={evaluation}", *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
-    finally:
-        GlobalHydra.set_state(before)
+    with composing():
+        return hydra.compose("evaluate", overrides=[f"evaluation={evaluation}", *overrides])
+
+
+def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration of `python -m mi_at.train <overrides>`; within `composing`.
+
+    Hydra's own settings are those of this run until `composing` ends.
+
+    Args:
+        overrides: as on the command line.
+
+    Raises:
+        ValueError, HydraException, OmegaConfBaseException: a name or value that cannot be.
+    """
+    cfg = hydra.compose("train", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return resolve(cfg)
 
 
 def names_in(group: str) -> list[str]:
@@ -257,10 +303,12 @@ def options_of(group: str, name: str) -> list[str]:
 def register_resolvers() -> None:
     """Resolvers that conf/ uses.
 
-    `${mul:a,b}` multiplies numbers or fractions; `${multiples:a,[b,c]}` is the list of a b and a c;
+    `${mul:a,b}` multiplies numbers or fractions; `${multiples:a,[b,c]}` is the list of a b and a c; `${larger:a,b}` is
+    the larger of two numbers;
     `${by_budget:p,s,t}` is s at budget short, t at smoke, p at others.
     """
     OmegaConf.register_new_resolver("multiples", lambda a, b: [parse_eps(a) * parse_eps(v) for v in b], replace=True)
+    OmegaConf.register_new_resolver("larger", max, replace=True)
     OmegaConf.register_new_resolver("mul", lambda a, b: parse_eps(a) * parse_eps(b), replace=True)
     OmegaConf.register_new_resolver(
         "by_budget",
@@ -486,10 +534,12 @@ class Surrogate:
     Attributes:
         net: in eval mode.
         name: of its run, for the record.
+        accuracy: its own clean accuracy in [0, 1], where known.
     """
 
     net: nn.Module
     name: str
+    accuracy: float | None = None
 
 
 def bind(
@@ -521,7 +571,7 @@ def bind(
                 raise ValueError(
                     f"evaluation.attacks.{name} is made on another network: give its checkpoint, evaluation.surrogate="
                 )
-            needs = needs.with_surrogate(surrogate.net, name=surrogate.name)
+            needs = needs.with_surrogate(surrogate.net, name=surrogate.name, accuracy=surrogate.accuracy)
         if hasattr(attack, "with_training_loss"):
             if defense is None:
                 raise ValueError(
@@ -544,16 +594,16 @@ class Served:
     Attributes:
         net: in eval mode.
         attacks: by name, bound.
-        surrogate: that transfer attacks are made on, where there is one.
         adaptive: attacks made for its defense, for the audit; None: none are known.
         variants: other versions of the network, for the audit; {}: there are none; None: not known.
+        critics: estimators of mutual information, where the evaluation wants it.
     """
 
     net: nn.Module
     attacks: dict[str, EvalAttack]
-    surrogate: Surrogate | None = None
     adaptive: dict[str, EvalAttack] | None = None
     variants: dict[str, nn.Module] | None = None
+    critics: dict[str, nn.Module] | None = None
 
 
 def serve(
@@ -563,6 +613,7 @@ def serve(
     data: ImageDataModule,
     *,
     device: str | torch.device = "cpu",
+    surrogate: Surrogate | None = None,
 ) -> Served:
     """A trained network and its evaluation's attacks, ready for `mi_at.results.measure.measure`.
 
@@ -572,19 +623,20 @@ def serve(
         config: resolved; its `evaluation` and `dataset`, and `model` for weights.
         data: set up for "test"; guides of the representation attack are drawn from its first images.
         device: where to put the network.
+        surrogate: that transfer attacks are made on.
 
     Raises:
-        FileNotFoundError, CheckpointError: as `load`, `load_own` and `load_surrogate`.
-        ValueError: as `bind`, or a surrogate of another data set.
+        FileNotFoundError, CheckpointError: as `load` and `load_own`.
+        ValueError: as `bind`.
     """
-    evaluation, surrogate, defense = config["evaluation"], None, None
-    if evaluation.get("surrogate"):
-        surrogate = load_surrogate(evaluation["surrogate"], config["dataset"], device)
+    evaluation, defense = config["evaluation"], None
     adaptive: dict[str, EvalAttack] | None = None
     variants: dict[str, nn.Module] | None = None
     if isinstance(trained, Weights):
         net, variants = load_own(trained, config["model"], device), {}
-    elif evaluation.get("audit") or any(_needs_defense(attack) for attack in attacks.values()):
+    elif any(evaluation.get(name) for name in ("audit", "mutual_information")) or any(
+        _needs_defense(attack) for attack in attacks.values()
+    ):
         defense = load_defense(trained, device)
         net = defense.net
         # An average has raw weights beside it.
@@ -593,7 +645,9 @@ def serve(
     else:
         net = load(trained, device)
     bound = bind(attacks, surrogate=surrogate, defense=defense, guides=lambda: guides_of(data.test_dataloader()))
-    return Served(net, bound, surrogate, adaptive, variants)
+    estimators = isinstance(defense, MIEstimators) and evaluation.get("mutual_information")
+    critics = {name: getattr(defense, name) for name in CRITICS} if estimators else None
+    return Served(net, bound, adaptive, variants, critics)
 
 
 def guides_of(batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -889,7 +943,7 @@ def _differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     shapes = [
         f"{name} {tuple(value.shape)} instead of {tuple(wanted[name].shape)}"
         for name, value in given.items()
-        if name in wanted and value.shape != wanted[name].shape
+        if name in wanted and isinstance(value, torch.Tensor) and value.shape != wanted[name].shape  # or extra state
     ]
     return "; ".join(
         f"{title}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
@@ -912,6 +966,21 @@ def quiet() -> None:
         ".*module.s. in eval mode at the start of training.*",  # frozen estimators and reference networks
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def reuse_memory() -> None:
+    """Have glibc keep freed memory: to give a step's tensors back and fault them in anew takes a fifth of it on a CPU.
+
+    MALLOC_MMAP_THRESHOLD_ in the environment wins.
+    """
+    largest = 32 << 20  # that glibc takes
+    options = {"MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1), "MALLOC_MMAP_THRESHOLD_": (-3, largest)}  # as in malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or set(options) & set(os.environ):
+        return
+    for name, (option, value) in options.items():
+        mallopt(option, value)
+        os.environ[name] = str(value)  # for processes that this one starts
 
 
 class FailedJobError(RuntimeError):
@@ -939,12 +1008,14 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
         config_name: "train" or "evaluate".
     """
     register_resolvers()
+    reuse_memory()
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them itself
 
     @functools.wraps(job)
     def reported(cfg: DictConfig) -> Any:
         quiet()
+        register_resolvers()  # a launcher may have started a process for the job
         try:
             return job(cfg)
         except USER_ERRORS as error:
@@ -956,6 +1027,12 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
             if busy is None:
                 print(f"error: {explain(error)}", file=sys.stderr, flush=True)
             raise FailedJobError(explain(error), busy) from error
+        except Exception as error:
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                raise
+            # Said here: on its way from another process an error loses its place in the code, and some cannot be sent.
+            print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+            raise FailedJobError(f"{type(error).__name__}: {error}") from error
 
     try:
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(reported)()
@@ -965,6 +1042,11 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
         if traced:
             raise
         sys.exit(message(error))
+    except RuntimeError as error:
+        launcher = next((word for word in sys.argv if word.startswith(("launcher=", "hydra/launcher="))), None)
+        if traced or launcher is None:
+            raise
+        sys.exit(message(ValueError(f"{launcher}: {error}")))  # such as Slurm's where there is no Slurm
 
 
 def message(error: BaseException) -> str:
@@ -982,11 +1064,24 @@ def explain(error: BaseException) -> str:
         return f"unknown key {error.full_key}: {where or 'the configuration'} has {', '.join(known)}{guess}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: {error.full_key}=<path>"
+    if isinstance(error, HydraException) and "INTERVAL_SWEEP" in str(error):
+        return "interval() is for a search: give sweep=optuna too, or values: a=1,2"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).strip("/").rpartition("/")
+        if group == "hydra/launcher":
+            return _launcher_missing(name)
         if known := names_in(group):
             return f"{group}={name}: expected one of {', '.join(known)}{_guess(name, known)}"
     return str(error)
+
+
+def _launcher_missing(name: str) -> str:
+    known = names_in("launcher")
+    for launcher in known:
+        node = OmegaConf.load(Path(conf_dir()) / "launcher" / f"{launcher}.yaml")
+        if {"override /hydra/launcher": name} in node.defaults:
+            return f"launcher={launcher}: its plugin is not installed: pip install 'mi_at[launchers]'"
+    return f"hydra/launcher={name}: expected launcher= and one of {', '.join(known)}{_guess(name, known)}"
 
 
 def _guess(word: str, known: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a run needs trained before: namid its estimators, these their reference network.
+"""What a run needs trained before: namid its estimators, these their reference network; transfer attacks a surrogate.
 
 Each stage is a run of its own, in a folder of its own beside the others, named by its configuration: it is found again
 where it has been trained, by hand or by another run, and continued where it was cut off.
@@ -15,6 +15,7 @@ import operator
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,36 @@ from mi_at.data.base import ImageDataModule
 from mi_at.defenses.base import Defense
 from mi_at.defenses.mi_estimators import MIEstimators
 from mi_at.defenses.standard_at import StandardAT
+from mi_at.evaluation.outcomes import CLEAN
 from mi_at.regularizers.namid import AUTO, Namid
-from mi_at.results.records import run_key
-from mi_at.results.runs import LAST, TRAINED, find_run
+from mi_at.results.records import RecordError, config_hash, read_record, run_key
+from mi_at.results.runs import NOT_TRAINING, RECORD, TRAINED, find_run
+from mi_at.results.runs import Run as RunFolder
 
 DIGEST = "sha256:"
 FILES = {"reference": ("net.",), "estimators": ("net.", "natural.", "adversarial.")}
 """Options that hold the checkpoint of a stage, and which of its weights count."""
 KEPT = ("seed", "budget", "runs")
-PLAIN_EVALUATION = {"audit": False, "information": [], "robust_ncmi": False, "surrogate": None, "survivors": False}
+PLAIN_EVALUATION = {
+    "audit": False,
+    "information": [],
+    "mutual_information": [],
+    "outputs": False,
+    "robust_ncmi": False,
+    "surrogate": None,
+    "survivors": False,
+}
 """What an evaluation adds to its attacks, switched off."""
 CHECKED_IMAGES = 256
+SURROGATE = "evaluation.surrogate"
+OF_THE_MACHINE = (
+    "dataset.root",
+    "dataset.download",
+    "dataset.placement",
+    "trainer.accelerator",
+    "trainer.enable_progress_bar",
+)
+"""What a surrogate's run takes over of the run that needs it, beside data set and budget."""
 Run = Callable[[Mapping[str, Any]], Any]
 
 
@@ -50,7 +70,8 @@ class StageError(ValueError):
 def resolve(config: Mapping[str, Any], train: Run) -> tuple[dict[str, Any], dict[str, Path]]:
     """A configuration in which a stage's file is named by its weights, so that no path is part of a run's identity.
 
-    `defense=mi_estimators` gets its own optimiser and batch size; with `reference=auto` its reference is trained here.
+    A surrogate is named as `identify_surrogate` says. `defense=mi_estimators` gets its own optimiser and batch size;
+    with `reference=auto` its reference is trained here.
 
     Args:
         config: resolved, plain values.
@@ -62,10 +83,9 @@ def resolve(config: Mapping[str, Any], train: Run) -> tuple[dict[str, Any], dict
     Raises:
         StageError, FileNotFoundError, CheckpointError: a file that cannot be used.
     """
-    named: dict[str, Any] = copy.deepcopy(dict(config))
-    files = {}
+    named, files = identify_surrogate(config)
     if is_a(named["defense"], MIEstimators) and named["defense"]["reference"] == AUTO:
-        named["defense"]["reference"] = str(_trained(_reference_run(named), train, named))
+        named["defense"]["reference"] = str(_trained(_reference_run(named), train, named).last)
     for where, node in (("defense", named["defense"]), *_regularizers(named)):
         for option in FILES.keys() & node.keys():
             value = str(node[option])
@@ -75,6 +95,111 @@ def resolve(config: Mapping[str, Any], train: Run) -> tuple[dict[str, Any], dict
     if is_a(named["defense"], MIEstimators):
         _give_own_schedule(named)
     return named, files
+
+
+def identify_surrogate(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """A copy of a configuration whose `evaluation.surrogate` says which network it is, and where its file is given.
+
+    A checkpoint is named by its weights; a run, such as {model: resnet50, defense: ce}, by the folder it has or will
+    have, under the key "run": its configuration is composed, nothing is trained.
+
+    Args:
+        config: resolved, plain values.
+
+    Returns:
+        The configuration, and the file by the option's name, where it is one.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError: a surrogate that cannot be.
+    """
+    named: dict[str, Any] = copy.deepcopy(dict(config))
+    surrogate = named["evaluation"].get("surrogate")
+    if isinstance(surrogate, Mapping):
+        named["evaluation"]["surrogate"] = {**surrogate, "run": _folder_of(surrogate_run(config))}
+    elif surrogate and not str(surrogate).startswith(DIGEST):
+        path = Path(str(surrogate))
+        named["evaluation"]["surrogate"] = digest(io.read_checkpoint(path).net_state, ("",))
+        return named, {SURROGATE: path}
+    return named, {}
+
+
+def identify(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as its record has it, without training anything: what a report looks for.
+
+    A surrogate is named as `identify_surrogate` says; the reference of defense=mi_estimators by its weights, where its
+    run lies in `runs`, and "auto" where not.
+
+    Args:
+        config: resolved, plain values.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError: as `identify_surrogate`.
+    """
+    named, _ = identify_surrogate(config)
+    if is_a(named["defense"], MIEstimators):
+        if named["defense"]["reference"] == AUTO and (run := _finished(_reference_run(named), processes=1)):
+            named["defense"]["reference"] = digest(_state(run.last), FILES["reference"])
+        _give_own_schedule(named)
+    return named
+
+
+def surrogate_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the run that trains an evaluation's surrogate, of the same data set and budget, seed 0.
+
+    Args:
+        config: resolved; its `evaluation.surrogate` has what the run chooses and sets: {model: resnet50, defense: ce}.
+
+    Raises:
+        ValueError: a group or key that there is not; the message says where it stands.
+    """
+    return copy.deepcopy(_composed(tuple(_surrogate_overrides(config))))
+
+
+def surrogate_file(config: Mapping[str, Any], files: Mapping[str, Path], train: Run | None) -> Path | None:
+    """The checkpoint of an evaluation's surrogate; its run is found, or trained, once for all that need it.
+
+    Args:
+        config: as `resolve` or `identify_surrogate` returns it.
+        files: likewise.
+        train: trains and evaluates a configuration; None: what is missing is refused.
+
+    Returns:
+        The file; None where the evaluation needs no surrogate.
+
+    Raises:
+        StageError: it is not there and is not to be trained here; the message has the command that trains it.
+    """
+    surrogate = config["evaluation"].get("surrogate")
+    if not surrogate or SURROGATE in files:
+        return files.get(SURROGATE)
+    if not isinstance(surrogate, Mapping):
+        raise StageError(f"{SURROGATE}={surrogate} names weights, but their file is needed: give the checkpoint's path")
+    stage = surrogate_run(config)
+    command = shlex.join(["python", "-m", "mi_at.train", *_surrogate_overrides(config)])
+    if train is None:
+        run = _finished(stage, 1)
+        if run is None:
+            raise StageError(f"{SURROGATE}: {run_key(stage, stage['choices'])} is not in {stage['runs']}: {command}")
+    else:
+        with isolate_rng():  # the run draws what it would draw without a surrogate
+            run = _trained(stage, train, config, command=command)
+    return run.checkpoint(stage["select"])
+
+
+def load_surrogate(path: Path, config: Mapping[str, Any], device: str | torch.device = "cpu") -> io.Surrogate:
+    """As `io.load_surrogate`, with the clean accuracy that its own record has, where there is one beside it.
+
+    Args:
+        path: its checkpoint.
+        config: resolved, of the run whose network is attacked.
+        device: where to put it.
+    """
+    found = io.load_surrogate(path, config["dataset"], device)
+    with contextlib.suppress(RecordError):
+        record = read_record(path.parent / RECORD)
+        if record.checkpoint["rule"] == path.stem:
+            return replace(found, accuracy=record[CLEAN].accuracy)
+    return found
 
 
 def equip(
@@ -99,11 +224,42 @@ def equip(
             if isinstance(term, Namid) and term.alpha:
                 where = f"regularizer.{name}" if name in config["regularizer"] else "defense"
                 if term.estimators == AUTO:
-                    reference = _trained(_reference_run(config), train, config, then=_estimators_run(config, term))
-                    path = _trained(_estimators_run(config, term, reference), train, config)
+                    then = _estimators_run(config, term)
+                    reference = _trained(_reference_run(config), train, config, then=then).last
+                    path = _trained(_estimators_run(config, term, reference), train, config).last
                 else:
                     path = _file(files, f"{where}.estimators", term.estimators)
                 _take_estimators(config, term, path, data, f"{where}.estimators={path}")
+
+
+def needed(config: Mapping[str, Any], terms: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that must be finished before a run trains or is evaluated, the first first; nothing is trained.
+
+    Args:
+        config: resolved, plain values.
+        terms: of its defense (`Defense.added_terms`).
+
+    Returns:
+        Their configurations, as their runs have them where what they need is there already.
+
+    Raises:
+        ValueError: a surrogate that cannot be.
+    """
+    found: list[dict[str, Any]] = []
+    auto = [term for term in terms.values() if isinstance(term, Namid) and term.alpha and term.estimators == AUTO]
+    if auto or (is_a(config["defense"], MIEstimators) and config["defense"]["reference"] == AUTO):
+        found.append(_reference_run(config))
+    for term in auto:
+        reference = _finished(found[0], 1)
+        stage = _estimators_run(config, term, reference.last if reference else AUTO)
+        if reference:
+            stage, _ = resolve(stage, train=lambda _: None)
+        else:
+            _give_own_schedule(stage)
+        found.append(stage)
+    if isinstance(config["evaluation"].get("surrogate"), Mapping):
+        found.append(surrogate_run(config))
+    return found
 
 
 def is_a(node: Mapping[str, Any], kind: type) -> bool:
@@ -161,6 +317,51 @@ def _stage(config: Mapping[str, Any], defense: str, node: Mapping[str, Any]) -> 
     return stage
 
 
+def _surrogate_overrides(config: Mapping[str, Any]) -> list[str]:
+    """The command line of a surrogate's run; what is its own comes last and wins."""
+    machine: dict[str, Any] = {}
+    for key in OF_THE_MACHINE:
+        group, _, option = key.partition(".")
+        if option in config.get(group, {}):
+            machine[key] = config[group][option]
+    budget = config["budget"] if config["budget"] in io.names_in("budget") else "paper"
+    own = {key: value for key, value in config["evaluation"]["surrogate"].items() if key != "run"}
+    values = {
+        "dataset": config["choices"]["dataset"],
+        "budget": budget,
+        "evaluation": "none",
+        "runs": config.get("runs", "runs"),
+        "trainer.devices": 1,
+        **machine,
+        **_dotted(own),
+    }
+    return [f"{key}={_typed(value)}" for key, value in values.items()]
+
+
+def _dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} as {"optim.lr": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        with io.composing():
+            stage = io.compose_run(overrides)
+            checks.check(stage)
+    except ValueError as error:
+        raise ValueError(f"{SURROGATE}: {error}") from error
+    return stage | {"resume": True}
+
+
+def _folder_of(stage: Mapping[str, Any]) -> str:
+    """What a stage's run folder is called."""
+    return f"{run_key(stage, stage['choices'])}-{config_hash(stage, without=NOT_TRAINING)}"
+
+
 def _give_own_schedule(config: dict[str, Any]) -> None:
     """The estimators' optimiser and batch size (section 4.1) in place of the reference's."""
     own = config["defense"]
@@ -188,19 +389,31 @@ def _regularizers(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
 
 # ---------------------------------------------------------------- finding and training them
 def _trained(
-    stage: Mapping[str, Any], train: Run, wanted_by: Mapping[str, Any], then: Mapping[str, Any] | None = None
-) -> Path:
-    """last.ckpt of a stage, which is trained if it has not been; `then` is what is trained after it.
+    stage: Mapping[str, Any],
+    train: Run,
+    wanted_by: Mapping[str, Any],
+    *,
+    then: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> RunFolder:
+    """A stage's run, which is trained if it has not been.
+
+    Args:
+        stage: its configuration.
+        train: trains and evaluates it.
+        wanted_by: the configuration of the run that needs it.
+        then: what is trained after it.
+        command: that trains it by hand; None: that of the run that needs it, with another defense.
 
     Raises:
         StageError: it has not been, and several processes are to train: they could not wait for it.
     """
     processes = checks.process_count(wanted_by["trainer"])
-    if folder := _finished(stage, processes):
-        return folder / LAST
+    if run := _finished(stage, processes):
+        return run
     name = run_key(stage, stage["choices"])
     if processes != 1:
-        commands = "\n  ".join(_command(missing) for missing in (stage, then) if missing is not None)
+        commands = "\n  ".join(command or _command(missing) for missing in (stage, then) if missing is not None)
         raise StageError(
             f"{name} must be trained before, and with several processes a run does not train its stages itself: first "
             f"run\n  {commands}\nwith trainer=ddp where that pays"
@@ -209,20 +422,20 @@ def _trained(
         if not _finished(stage, processes):
             print(f"\nTrained before, once: {name}", flush=True)
             train(stage)
-    folder = _finished(stage, processes)
-    if folder is None:
+    run = _finished(stage, processes)
+    if run is None:
         raise StageError(f"{name}, which must be trained before, was stopped: start again to continue it")
-    return folder / LAST
+    return run
 
 
-def _finished(stage: Mapping[str, Any], processes: int) -> Path | None:
-    """The folder of a finished run of a stage; it may have been trained on as many processes as are wanted now."""
+def _finished(stage: Mapping[str, Any], processes: int) -> RunFolder | None:
+    """The finished run of a stage; it may have been trained on as many processes as are wanted now."""
     named, _ = resolve(stage, train=lambda _: None)
     for count in (None, processes):
         key, parent = run_key(named, named["choices"]), Path(named["runs"])
         run = find_run(named, key=key, parent=parent, resume=True, processes=count)
         if (run.folder / TRAINED).is_file() and run.last.is_file():
-            return run.folder
+            return run
     return None
 
 

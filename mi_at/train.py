@@ -41,6 +41,8 @@ from mi_at.results.runs import EVALUATIONS, RECORD, Run, find_run, let_go_of_all
 from mi_at.results.terminal import print_header, print_table
 
 OWN_TRAINER_OPTIONS = ("channels_last", "compile", "inspect_every")
+RANKS = (("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",))
+"""Variables that say which of a run's processes this is, those that decide first."""
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -93,7 +95,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
     checks.check_coupling(config, defense, len(data.train_index))
 
     processes = checks.process_count(lightning)
-    processes_matter = batch_coupled(net)
+    processes_matter = batch_coupled(net) or budget.joint
     run = find_run(
         config,
         key=run_key(config, config["choices"]),
@@ -104,6 +106,9 @@ def run_once(config: Mapping[str, Any]) -> float | None:
     )
     if first_process():
         print_header(run.key, header(config, run, net))
+    elif run.state in ("trained", "finished"):
+        return None  # the first process evaluates
+    surrogate_file = None if run.state == "finished" else stages.surrogate_file(config, files, run_once)
     if run.state == "new":
         stages.equip(config, defense, data, files, run_once)
     if run.state == "resumed":
@@ -134,7 +139,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
         callbacks = [
             adversarial_examples,
             *extra_callbacks,
-            *([Probe(probe, folder=run.folder)] if probe else []),
+            *([Probe(probe, folder=run.folder, ncmi=config["probe_ncmi"])] if probe else []),
             SampleGrid(run.folder),
             *([Speed(adversarial_examples), LearningRateMonitor("epoch")] if recorders else []),
             *([Progress()] if lightning["enable_progress_bar"] else []),
@@ -145,9 +150,8 @@ def run_once(config: Mapping[str, Any]) -> float | None:
         run.write_training({**notes, "precision": lightning["precision"], "attack_precision": budget.precision})
     training = run.read_training()
 
-    select = config["select"]
-    rule = select if select != "auto" else "best" if (run.folder / "best.ckpt").is_file() else "last"
-    served = io.read_checkpoint(run.folder / f"{rule}.ckpt")
+    served = io.read_checkpoint(run.checkpoint(config["select"]))
+    rule = served.path.stem
     checkpoint = {"rule": rule, "epoch": served.epoch, "step": served.step}
     device = "cuda" if lightning["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu"
     measured = functools.partial(
@@ -171,7 +175,8 @@ def run_once(config: Mapping[str, Any]) -> float | None:
                 path=run.folder / EVALUATIONS / name / RECORD,
             )
         data.setup("test")
-        ready = io.serve(served.path, attacks, config, data, device=device)
+        surrogate = stages.load_surrogate(surrogate_file, config, device) if surrogate_file else None
+        ready = io.serve(served.path, attacks, config, data, device=device, surrogate=surrogate)
         record = measured(
             ready.net,
             ready.attacks,
@@ -180,6 +185,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
             path=run.record,
             adaptive=ready.adaptive,
             variants=ready.variants,
+            critics=ready.critics,
         )
         loggers.log_evaluation(recorders, record, step=training["steps"], path=run.record)
     print(f"\nrun folder: {run.folder}")
@@ -300,8 +306,12 @@ def rebuilt(config: Mapping[str, Any], checkpoint: io.Checkpoint) -> nn.Module:
 
 
 def first_process() -> bool:
-    """Whether this is not a process that another one of the same run has started."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    """Whether this is the only process of a run or, of those on all its machines, the first.
+
+    torchrun sets RANK, Lightning LOCAL_RANK for the processes that it starts, the user NODE_RANK, srun SLURM_PROCID.
+    """
+    by = next((names for names in RANKS if any(name in os.environ for name in names)), ())
+    return not any(int(os.environ.get(name, 0)) for name in by)
 
 
 def batch_coupled(net: nn.Module) -> bool:

@@ -64,6 +64,11 @@ class Command:
         state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state == "T"
 
+    def said(self) -> str:
+        """What it has printed so far."""
+        out = Path(self._streams.name, "out")
+        return out.read_text() if out.is_file() else ""
+
     def until(self, condition: Callable[[], bool], *, timeout: float = 120.0) -> None:
         """Wait for something the command does."""
         deadline = time.monotonic() + timeout

@@ -79,3 +79,10 @@ class Interrupt(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._reach("save_checkpoint", trainer)
+
+
+class Broken(Callback):
+    """Fails as a mistake in the code would."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise RuntimeError("broken on purpose")

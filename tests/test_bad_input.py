@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "optim=no_such": ("optim=no_such: expected one of ", "adam", "sgd"),
     "attack=no_such": ("attack=no_such: expected one of ", "fgsm", "pgd"),
     "regularizer=no_such": ("regularizer=no_such: expected one of ", "mi", "none"),
-    "callback=[ema,no_such]": ("callback=no_such: expected one of awp, ema, none, swa",),
+    "callback=[ema,no_such]": ("callback=no_such: expected one of awp, ema, information_plane, none, swa",),
     "evaluation=no_such": ("evaluation=no_such: expected one of ", "quick", "none"),
     "defense=mimea": ("defense=mimea", "did you mean mimae?"),
     "recipe=no_such": ("recipe=no_such", "mimae_cifar100_wrn34_10", "head_to_head_mnist_cnn4", "none"),
@@ -37,6 +37,14 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "attack.step=1": ("unknown key attack.step", "step_size, steps", "did you mean steps?"),
     "datset=digits": ("unknown key datset", "did you mean dataset?"),
     "defense=ce defense.beta=1": ("unknown key defense.beta",),
+    # what an evaluation records for figures
+    "evaluation=chosen evaluation/attacks=[fgsm] evaluation.mutual_information=[fgsm]": (
+        "evaluation.mutual_information=['fgsm'] is estimated by defense=mi_estimators",
+        "set it to []",
+    ),
+    "evaluation=chosen +evaluation.outputs.of=[pgd_20]": ("outputs.of=pgd_20: expected some of clean",),
+    "evaluation.outputs=true": ("evaluation.outputs has no of", "{of: [clean]}"),
+    "probe_ncmi=yes_please": ("probe_ncmi=yes_please", "true or false"),
     # the attack
     "attack.eps=-0.1": ("attack.eps=-0.1", "0 or more"),
     "attack.eps=8": ("attack.eps=8", "did you mean 8/255?"),

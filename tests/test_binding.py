@@ -65,7 +65,7 @@ class OnAnother:
 
     surrogate: nn.Module | None = None
 
-    def with_surrogate(self, net: nn.Module, *, name: str | None = None) -> OnAnother:
+    def with_surrogate(self, net: nn.Module, *, name: str | None = None, accuracy: float | None = None) -> OnAnother:
         return OnAnother(surrogate=net)
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:

@@ -28,6 +28,8 @@ def test_two_measured_networks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "A: standard_at-mnist-cnn4" in printed
     assert "defense.lambda_mi" in printed
     assert "not that the methods do" in printed
+    for part in ("evaluation, hours", "training, hours", "share of the loss", "at matched clean accuracy"):
+        assert part in printed
     rows, apart = compare(read_side(MNIST / "standard_at"), read_side(MNIST / "mimae"))
     assert apart == []
     pgd = next(row for row in rows if row.name == "pgd_20")
@@ -39,6 +41,10 @@ def test_two_measured_networks(capsys: pytest.CaptureFixture[str]) -> None:
     clean = [found["clean.prediction"] == found["label"] for found in outcomes]
     both = clean[0] & clean[1]
     assert pgd.both_clean == pytest.approx((right[0][both].mean(), right[1][both].mean(), both.sum()))
+    assert pgd.matched is not None
+    assert pgd.matched.value == pytest.approx(right[1][both].mean() - right[0][both].mean())
+    assert pgd.matched.n == both.sum()
+    assert pgd.matched.value != pytest.approx(pgd.difference.value, abs=1e-6)
     union = next(row for row in rows if row.name == "worst of 6 (n 200)")
     assert union.a == pytest.approx(0.885)
 
@@ -61,6 +67,26 @@ def test_seeds_are_paired(tmp_path: Path) -> None:
     assert [row.name for row in rows] == ["clean"]
     assert rows[0].difference.n == 3
     assert any("fgsm: eps 0.02 and 0.03" in sentence for sentence in apart)
+
+
+def test_matched_clean_accuracy_over_seeds(tmp_path: Path) -> None:
+    """Every fifth of the 40 images has another label: it is right on neither side when clean, and does not count."""
+    for side, lost in (("a", 0), ("b", 3)):
+        for seed in (0, 1):
+            folder = run(tmp_path / side / f"s{seed}", seed=seed)
+            outcomes = dict(read_outcomes(folder / "record.npz"))
+            right = np.flatnonzero(outcomes["fgsm.prediction"] == outcomes["label"])[: lost + seed * (side == "b")]
+            outcomes["fgsm.prediction"][right] = 1 - outcomes["label"][right]
+            np.savez(folder / "record.npz", **outcomes)
+    rows, _ = compare(read_side(tmp_path / "a"), read_side(tmp_path / "b"))
+    fgsm = next(row for row in rows if row.name == "fgsm")
+    assert fgsm.both_clean is not None
+    assert fgsm.both_clean[2] == 32
+    assert fgsm.matched is not None
+    assert fgsm.matched.value == pytest.approx(-3.5 / 32)
+    assert fgsm.difference.value == pytest.approx(-3.5 / 40)
+    assert fgsm.matched.n == 2
+    assert next(row for row in rows if row.name == "clean").matched is None
 
 
 def test_what_differs_and_the_terms(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def overrides_for(group: str, name: str) -> list[str]:
         return ["dataset=digits" if name == "cnn_tiny" else "dataset=cifar10"]
     if group == "recipe" and name != "none":
         datasets, models = "|".join(public("dataset")), "|".join(public("model"))
-        match = re.fullmatch(rf"(\w+?)_({datasets})_({models})(_short|_l2|_1m)?", name)
+        match = re.fullmatch(rf"(\w+?)_({datasets})_({models})(_paper|_short|_smoke|_l2|_1m)?", name)
         assert match is not None, f"{name}: expected <defense>_<dataset>_<model>"
         known = match[1] in names("defense")
         return [*([f"defense={match[1]}"] if known else []), f"dataset={match[2]}", f"model={match[3]}"]
@@ -97,8 +97,8 @@ def test_every_group_is_known() -> None:
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    # a table is many runs: tests/test_tables.py
-    [(group, name) for group in GROUPS if group != "table" for name in public(group)],
+    # a table is many runs (tests/test_tables.py), as what sweeps are made of (tests/hydra_plugins)
+    [(group, name) for group in GROUPS if group not in ("table", "launcher", "sweep") for name in public(group)],
     ids=lambda value: str(value),
 )
 def test_composes_and_instantiates(group: str, name: str, compose: Compose, tmp_path: Path) -> None:
@@ -282,8 +282,10 @@ def test_every_command_of_the_readme_composes(line: str, compose: Compose, tmp_p
         return
     jobs = [overrides]
     if sweep:
-        jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0]
+        ends = [re.sub(r"interval\((.*?),(.*?)\)", r"\1,\2", override) for override in overrides]
+        jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(ends), None)[0]
         assert len(jobs) > 1
+        jobs = [[*job, "hydra.mode=MULTIRUN"] for job in jobs]
     for job in jobs:
         cfg = compose(job, module.rpartition(".")[2])
         if module == "mi_at.train":

@@ -136,10 +136,24 @@ def test_processes_share_an_evaluation(trained: Path, tmp_path: Path) -> None:
     options = ["checkpoint=best.ckpt", "evaluation=chosen", "evaluation/attacks=[pgd_20,fgsm]", "evaluation.n=60"]
     options += ["evaluation.batch_size=5"]
     alone, together = (
-        record_of(evaluate(trained, *options, f"processes={count}", f"output={tmp_path}/{count}"), trained)[1]
-        for count in (1, 2)
+        record_of(evaluate(trained, *options, *shared, f"output={tmp_path}/{len(shared)}"), trained)[1]
+        for shared in ([], ["trainer=ddp", "trainer.devices=2"])
     )
     assert numbers(alone) == numbers(together)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("processes=0", "processes=0: expected a whole number >= 1, or auto"),
+        ("processes=many", "processes=many: expected"),
+        ("trainer.devices=1.5", "processes=1.5: expected"),
+    ],
+)
+def test_a_number_of_processes_that_cannot_be(trained: Path, option: str, message: str) -> None:
+    ended = evaluate(trained, "checkpoint=best.ckpt", option)
+    assert ended.code == 1
+    assert message in ended.err
 
 
 def test_a_network_is_its_own_best_surrogate(trained: Path, tmp_path: Path) -> None:

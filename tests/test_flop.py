@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import mi_at
 from benchmarks import step
@@ -40,24 +39,11 @@ from mi_at.regularizers.ib_rar import InformationBottleneck
 from mi_at.regularizers.mi import MutualInformation
 from mi_at.regularizers.ncmi import NCMI
 from mi_at.regularizers.ncmi_relaxed import NCMIRelaxed
+from mi_at.results.flop import FlopCount
 
 IMAGES = 2
 FORWARD = 1.1108e9  # ResNet-18 at 32x32, FLOP per image
 PACKAGE = Path(mi_at.__file__).parent
-
-
-class FlopCount(TorchDispatchMode):
-    """FLOP of convolutions and matrix products, 2 per multiplication and addition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flop = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.flop += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 class Reads(TorchDispatchMode):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +334,28 @@ def test_explain_names_the_keys_there_are() -> None:
         "unknown key defense.lamda_mi: defense has beta, lambda_mi; did you mean lambda_mi?"
     )
     assert io.explain(ValueError("plain")) == "plain"
+
+
+# ---------------------------------------------------------------- memory
+FAULTS = """
+import resource, torch
+from mi_at import io
+io.reuse_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.rand(1 << 22)
+before = faults()
+for _ in range(8):
+    torch.rand(1 << 22)  # 16 MiB each
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+def test_freed_memory_is_used_again_unless_the_user_says_otherwise() -> None:
+    def run(**environment: str) -> int:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        done = subprocess.run([sys.executable, "-c", FAULTS], env=kept | environment, capture_output=True, check=True)
+        return int(done.stdout)
+
+    assert 4 * run() < run(MALLOC_MMAP_THRESHOLD_="65536")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mi_at import report
+from mi_at import cells, report
 from mi_at.results.measured import Filled, Line, identity
 from mi_at.results.records import Record, make_record, write_record
 from mi_at.results.tables import TableError
@@ -55,7 +55,7 @@ def planned(place: Path, cell: str, *typed: str) -> dict[str, Any]:
     io.register_resolvers()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(io.conf_dir(), version_base="1.3"):
-        _, jobs = report.composed([search(place), "table=own", f"table.rows=[{cell}]", *typed])
+        _, jobs = cells.composed([search(place), "table=own", f"table.rows=[{cell}]", *typed])
         return dict(report.plan_of(jobs[0]).config)
 
 
@@ -132,6 +132,55 @@ def test_an_attack_that_the_print_has_not_is_shown_without_a_printed_number(plac
     printed = line(filled, "TRADES", "pgd_20").reported
     assert printed is not None
     assert printed.value == 58.80
+
+
+# ---------------------------------------------------------------- our own tables
+OURS = {"paper": "none", "number": None, "columns": {}, "more": ["clean", "pgd_20", "worst"]}
+
+
+def test_the_worst_case_over_the_attacks_of_a_ball_is_a_column(place: Path) -> None:
+    write_table(place, cells=CELLS, seeds=[0], shared=SHARED, **OURS)
+    record = measured(place, "TRADES")
+    (union,) = (row for row in record.attacks if row.name == "worst of fgsm, pgd_20")
+    found = line(shown(place), "TRADES", "worst")
+    assert (found.mean, found.n, found.reported) == (100 * union.accuracy, 20, None)
+    fewer = replace(union, description={**union.description, "members": ["fgsm", "square"]})
+    write_record(place / "runs/run/record.json", with_row(record, fewer))
+    filled = shown(place)
+    assert line(filled, "TRADES", "worst").mean is None
+    assert any("worst: members ['fgsm', 'square'], the column's is" in said for said in filled.aside)
+
+
+def test_runs_that_may_differ_get_a_row_of_their_own_that_says_so(place: Path) -> None:
+    bf16 = ("trainer.channels_last=true", "attack.precision=bf16")
+    for may_differ, rows in (
+        ([], 0),
+        (["trainer.channels_last"], 0),
+        (["trainer.channels_last", "attack.precision"], 2),
+    ):
+        write_table(place, cells=CELLS, seeds=[0], shared=SHARED, **OURS, may_differ=may_differ)
+        if not may_differ:
+            measured(place, "TRADES", *bf16, name="bf16")
+            record = measured(place, "MART", name="fp32")
+            row = replace(record["clean"], **share(40, 3))
+            write_record(place / "runs/again/record.json", replace(with_row(record, row), seed=1))
+            measured(place, "MART", *bf16, "seed=2", name="both")
+        filled = shown(place)
+        assert sum(each.row == "TRADES [a]" and bool(each.values) for each in filled.lines) == (3 if rows else 0)
+    said = "attack.precision bf16 (the cell's is fp32), trainer.channels_last True (the cell's is False)"
+    assert f"[a] {said}" in filled.aside
+    assert {(each.row, tuple(each.values), each.unlike) for each in filled.lines if each.cell == "MART"} == {
+        ("MART", (0, 1), ""),
+        ("MART [a]", (2,), said),
+    }, "seeds of the one are never averaged with those of the other"
+
+
+def test_how_often_validation_ran_is_no_part_of_the_last_checkpoint(place: Path) -> None:
+    for select, same in (("last", True), ("best", False)):
+        one, two = (
+            planned(place, "TRADES", f"select={select}", *o) for o in ((), ("trainer.check_val_every_n_epoch=3",))
+        )
+        assert (identity(one) == identity(two)) == same
 
 
 # ---------------------------------------------------------------- what does not

@@ -15,7 +15,8 @@ import torch
 from mi_at import io, stages
 from mi_at.defenses.base import Defense
 from mi_at.regularizers.namid import Namid
-from mi_at.results.runs import find_run, write_json
+from mi_at.results.records import config_hash, read_record
+from mi_at.results.runs import NOT_TRAINING, find_run, write_json
 from tests.commands import Done, command, tiny
 
 Compose = Callable[..., Any]
@@ -347,3 +348,82 @@ def test_a_damaged_stage_is_trained_again(compose: Compose, trained: Path, tmp_p
     (folders(here)["mi_estimators"] / "trained.json").unlink()
     with pytest.raises(stages.StageError, match="was stopped: start again to continue it"):
         stages.equip(config, defense, data, files, lambda stage: None)
+
+
+# ---------------------------------------------------------------- the surrogate of transfer attacks
+SURROGATE = "evaluation.surrogate={defense:ce,model:cnn_tiny,model.width:0.25}"
+TRANSFER = (
+    "evaluation=chosen",
+    "evaluation/attacks=[transfer_fgsm]",
+    SURROGATE,
+)
+
+
+@pytest.fixture(scope="module")
+def transferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run has trained its surrogate."""
+    folder = tmp_path_factory.mktemp("surrogate")
+    done = run(folder, "defense=standard_at", *TRANSFER)
+    assert done.code == 0, done.err
+    assert done.out.count("Trained before, once: ce-digits-cnn_tiny-s0") == 1
+    return folder
+
+
+def test_a_surrogate_is_a_run_of_its_own_and_is_in_the_record(transferred: Path) -> None:
+    made = folders(transferred)
+    assert set(made) == {"ce", "standard_at"}
+    record, own = (read_record(made[name] / "record.json") for name in ("standard_at", "ce"))
+    said = {"defense": "ce", "model": "cnn_tiny", "model.width": 0.25, "run": made["ce"].name}
+    assert record.config["evaluation"]["surrogate"] == said
+    found = record["transfer_fgsm"].description["surrogate"]
+    assert found == {"name": "ce-digits-cnn_tiny", "clean_accuracy": own["clean"].accuracy}
+
+
+def test_a_surrogate_is_found_again_by_any_run_seed_or_command(transferred: Path, tmp_path: Path) -> None:
+    here = copied(transferred, tmp_path)
+    before = (folders(here)["ce"] / "last.ckpt").stat().st_mtime_ns
+    other = run(here, "defense=mart", "seed=1", *TRANSFER)
+    assert other.code == 0, other.err
+    assert "Trained before" not in other.out
+    by_hand = command(
+        here, "defense=ce", "model=cnn_tiny", "model.width=0.25", "budget=smoke", "evaluation=none", "trainer.devices=1"
+    )
+    assert "(finished)" in by_hand.out
+    assert (folders(here)["ce"] / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_what_a_surrogate_is_changes_the_evaluation_and_not_the_training(compose: Compose, transferred: Path) -> None:
+    def named(*overrides: str) -> dict[str, Any]:
+        base = (*tiny("defense=standard_at", *TRANSFER), f"runs={transferred / 'runs'}")
+        return stages.resolve(io.resolve(compose([*base, *overrides])), never)[0]
+
+    first, other = named(), named("+evaluation.surrogate.optim={lr:0.01}")
+    assert other["evaluation"]["surrogate"]["run"] != first["evaluation"]["surrogate"]["run"]
+    assert config_hash(first) != config_hash(other)
+    assert config_hash(first, without=NOT_TRAINING) == config_hash(other, without=NOT_TRAINING)
+    assert stages.identify_surrogate(first)[0] == first  # once named it stays so
+    assert named("seed=3")["evaluation"] == first["evaluation"]
+    path = folders(transferred)["ce"] / "last.ckpt"
+    config, files = stages.identify_surrogate({**first, "evaluation": {"surrogate": str(path)}})
+    assert files == {"evaluation.surrogate": path}
+    assert re.fullmatch(r"sha256:[0-9a-f]{12}", config["evaluation"]["surrogate"])
+
+
+def test_a_surrogate_that_cannot_be_is_refused_before_anything_runs(compose: Compose, tmp_path: Path) -> None:
+    def asked(surrogate: str) -> dict[str, Any]:
+        base = [o for o in tiny("defense=standard_at", *TRANSFER) if o != SURROGATE]
+        return io.resolve(compose([*base, f"evaluation.surrogate={surrogate}", f"runs={tmp_path / 'runs'}"]))
+
+    with pytest.raises(ValueError, match=r"evaluation\.surrogate: defense=cee: expected one of .* did you mean ce\?"):
+        stages.resolve(asked("{defense:cee}"), never)
+    with pytest.raises(ValueError, match=r"evaluation\.surrogate: unknown key defense\.beta"):
+        stages.resolve(asked("{defense:ce,defense.beta:1}"), never)
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt does not exist"):
+        stages.resolve(asked("none.ckpt"), never)
+    config, files = stages.resolve(asked("{defense:ce,model:cnn_tiny}"), never)
+    with pytest.raises(stages.StageError, match=r"ce-digits-cnn_tiny-s0 is not in .*: python -m mi_at\.train dataset="):
+        stages.surrogate_file(config, files, train=None)
+    config["trainer"] |= {"accelerator": "cpu", "devices": 2}
+    with pytest.raises(stages.StageError, match=r"(?s)must be trained before, .*python -m mi_at\.train .*defense=ce"):
+        stages.surrogate_file(config, files, train=never)
+    assert not (tmp_path / "runs").exists()

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mi_at.attacks.nearest import Nearest, check_steps, check_within, full_precision
+from mi_at.attacks.nearest import Nearest, check_extras, check_steps, check_within, full_precision, lead, likely
 from mi_at.attacks.pgd import check_images
-from mi_at.functional.margins import cw_margin
+from mi_at.functional.margins import at_most
 
 # Adam's constants (Kingma and Ba 2015, Algorithm 1).
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
@@ -37,6 +37,8 @@ def cw_l2(
     lr: float = 0.01,
     binary_search: int = 1,
     shrink: float = 1e-6,
+    targets: int = 0,
+    line_search: int = 0,
 ) -> Tensor:
     """The nearest misclassified image that gradient descent in tanh space comes across.
 
@@ -58,6 +60,9 @@ def cw_l2(
         binary_search: >= 1, values of c tried: 1 leaves it fixed. Per sample it is multiplied by 10 until an image is
             found, then the interval between the largest failure and the smallest success is halved.
         shrink: in [0, 1), see above.
+        targets: 0: as published; k >= 1: further runs, one toward each of the k classes with the largest logits
+            beside the label (at most C - 1), with z_y - z_target for the margin.
+        line_search: >= 0, halvings of the segment from x to the image found; 0: as published.
 
     Returns:
         [B, ...] in [0, 1], detached; the clean image where none was found, or where it is misclassified itself.
@@ -72,25 +77,30 @@ def cw_l2(
         0.14
     """
     _check(c=c, kappa=kappa, steps=steps, lr=lr, binary_search=binary_search, shrink=shrink)
+    check_extras(targets, line_search)
     check_images(x)
     with torch.inference_mode(False), torch.enable_grad():
         x, y = x.detach().clone(), y.clone()
         nearest = Nearest(x, y, "l2")
         with torch.no_grad():
-            nearest.show(x, net(x))
+            logits = net(x)
+        nearest.show(x, logits)
         start = ((2 * x - 1) * (1 - shrink)).atanh()
-        weight = torch.full((len(x),), float(c), dtype=x.dtype, device=x.device)
-        low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
-        for _ in range(binary_search):
-            found = _descend(net, nearest, start, weight, kappa=kappa, steps=steps, lr=lr)
-            low, high = torch.where(found, low, weight), torch.where(found, weight, high)
-            weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
+        for target in (None, *likely(logits, y, targets)):
+            weight = torch.full((len(x),), float(c), dtype=x.dtype, device=x.device)
+            low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
+            for _ in range(binary_search):
+                found = _descend(net, nearest, target, start, weight, kappa=kappa, steps=steps, lr=lr)
+                low, high = torch.where(found, low, weight), torch.where(found, weight, high)
+                weight = torch.where(high.isinf(), weight * 10, (low + high) / 2)
+        nearest.search(net, line_search)
         return nearest.image
 
 
 def _descend(
     net: Callable[[Tensor], Tensor],
     nearest: Nearest,
+    target: Tensor | None,
     start: Tensor,
     c: Tensor,
     *,
@@ -106,7 +116,8 @@ def _descend(
         x_adv = (w.tanh() + 1) / 2
         logits = full_precision(net(x_adv))
         found = found | nearest.show(x_adv, logits)
-        loss = (x_adv - nearest.x).flatten(1).square().sum(dim=1) - c * cw_margin(logits, nearest.y, kappa)
+        margin = at_most(lead(logits, nearest.y, target), kappa)
+        loss = (x_adv - nearest.x).flatten(1).square().sum(dim=1) - c * margin
         (gradient,) = torch.autograd.grad(loss.sum(), w)
         first = _BETA_1 * first + (1 - _BETA_1) * gradient
         second = _BETA_2 * second + (1 - _BETA_2) * gradient.square()
@@ -135,7 +146,7 @@ class CWL2:
     """C&W l_2 as an evaluation attack, of minimum norm: an image is returned at whatever distance it was found.
 
     Attributes:
-        c, kappa, steps, lr, binary_search, shrink: as `cw_l2` takes them.
+        c, kappa, steps, lr, binary_search, shrink, targets, line_search: as `cw_l2` takes them.
         within: radius of the second number, that of samples broken within it; None: none.
         name: what tables print.
 
@@ -153,6 +164,8 @@ class CWL2:
     kappa: float = 0.0
     binary_search: int = 1
     shrink: float = 1e-6
+    targets: int = 0
+    line_search: int = 0
     within: float | None = None
     name: str = "cw_l2"
 
@@ -160,6 +173,7 @@ class CWL2:
         """Parse fractions and check ranges."""
         object.__setattr__(self, "within", check_within(self.within, self.norm))
         _check(**self._settings())
+        check_extras(self.targets, self.line_search)
 
     def _settings(self) -> dict[str, Any]:
         values = asdict(self)
@@ -167,7 +181,7 @@ class CWL2:
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
         """Attack [B, C, H, W] images in [0, 1]; ids and seed are not needed: nothing is random."""
-        return cw_l2(net, x, y, **self._settings())
+        return cw_l2(net, x, y, **self._settings(), targets=self.targets, line_search=self.line_search)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a record."""

@@ -14,12 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mi_at.attacks.nearest import Nearest, check_steps, check_within, full_precision, select
+from mi_at.attacks.nearest import (
+    Nearest,
+    check_extras,
+    check_steps,
+    check_within,
+    full_precision,
+    lead,
+    likely,
+    select,
+)
 from mi_at.attacks.pgd import check_images
 from mi_at.functional import geometry, random
 from mi_at.functional.divergences import cross_entropy
@@ -38,6 +48,8 @@ def ddn(
     init_norm: float = 1.0,
     levels: int | None = None,
     noise: Tensor | None = None,
+    targets: int = 0,
+    line_search: int = 0,
 ) -> Tensor:
     """The nearest misclassified image on a path of steps whose direction and length are set apart.
 
@@ -52,6 +64,9 @@ def ddn(
         init_norm: > 0, the first length.
         levels: >= 2, pixels are rounded to multiples of 1 / (levels - 1) (256: images of 8 bits); None: they are not.
         noise: [B, ...] standard normal, the direction of a step whose gradient is exactly zero; None: no step there.
+        targets: 0: as published; k >= 1: further runs, one toward each of the k classes with the largest logits
+            beside the label (at most C - 1), along the gradient of z_target - z_y.
+        line_search: >= 0, halvings of the segment from x to the image found (not rounded to levels); 0: as published.
 
     Returns:
         [B, ...] in [0, 1], detached; the clean image where none was found, or where it is misclassified itself.
@@ -66,30 +81,55 @@ def ddn(
         0.14
     """
     _check(steps=steps, gamma=gamma, init_norm=init_norm, levels=levels)
+    check_extras(targets, line_search)
     check_images(x)
     with torch.inference_mode(False), torch.enable_grad():
         x, y = x.detach().clone(), y.clone()
         nearest = Nearest(x, y, "l2")
         aside = None if noise is None else ascent_direction(noise.to(x), "l2")
-        length = torch.full((len(x),), float(init_norm), dtype=x.dtype, device=x.device)
-        farthest = geometry.norm(torch.maximum(x, 1 - x), "l2")
-        x_adv = x
-        for step in range(steps):
-            x_adv.requires_grad_(True)
-            logits = full_precision(net(x_adv))
-            (gradient,) = torch.autograd.grad(cross_entropy(logits, y, reduction="none").sum(), x_adv)
-            x_adv = x_adv.detach()
-            wrong = nearest.show(x_adv, logits)
-            direction = ascent_direction(gradient, "l2")
-            if aside is not None:
-                direction = select(geometry.norm(gradient, "linf") == 0, aside, direction)
-            lr = _LAST_LR + (1 - _LAST_LR) * (1 + math.cos(math.pi * step / steps)) / 2
-            delta = x_adv - x + lr * direction
-            length = torch.where(wrong, (1 - gamma) * length, (1 + gamma) * length).minimum(farthest)
-            x_adv = _round(x + per_sample(length, x) * ascent_direction(delta, "l2"), levels).clamp(0, 1)
-        with torch.no_grad():
-            nearest.show(x_adv, net(x_adv))
+        run = partial(_descend, net, nearest, aside=aside, steps=steps, gamma=gamma, init_norm=init_norm, levels=levels)
+        logits = run(None)
+        for target in likely(logits, y, targets):
+            run(target)
+        nearest.search(net, line_search)
         return nearest.image
+
+
+def _descend(
+    net: Callable[[Tensor], Tensor],
+    nearest: Nearest,
+    target: Tensor | None,
+    *,
+    aside: Tensor | None,
+    steps: int,
+    gamma: float,
+    init_norm: float,
+    levels: int | None,
+) -> Tensor:
+    """One run; shows every iterate to `nearest` and returns the logits of the first, x."""
+    x, y = nearest.x, nearest.y
+    length = torch.full((len(x),), float(init_norm), dtype=x.dtype, device=x.device)
+    farthest = geometry.norm(torch.maximum(x, 1 - x), "l2")
+    x_adv, first = x.detach(), None  # another tensor: x must not require a gradient
+    for step in range(steps):
+        x_adv.requires_grad_(True)
+        logits = full_precision(net(x_adv))
+        first = logits if first is None else first
+        objective = cross_entropy(logits, y, reduction="none") if target is None else lead(logits, y, target)
+        (gradient,) = torch.autograd.grad(objective.sum(), x_adv)
+        x_adv = x_adv.detach()
+        wrong = nearest.show(x_adv, logits)
+        direction = ascent_direction(gradient, "l2")
+        if aside is not None:
+            direction = select(geometry.norm(gradient, "linf") == 0, aside, direction)
+        lr = _LAST_LR + (1 - _LAST_LR) * (1 + math.cos(math.pi * step / steps)) / 2
+        delta = x_adv - x + lr * direction
+        length = torch.where(wrong, (1 - gamma) * length, (1 + gamma) * length).minimum(farthest)
+        x_adv = _round(x + per_sample(length, x) * ascent_direction(delta, "l2"), levels).clamp(0, 1)
+    with torch.no_grad():
+        logits = net(x_adv)
+    nearest.show(x_adv, logits)
+    return logits if first is None else first
 
 
 def _round(x: Tensor, levels: int | None) -> Tensor:
@@ -111,7 +151,7 @@ class DDN:
     """DDN as an evaluation attack, of minimum norm: an image is returned at whatever distance it was found.
 
     Attributes:
-        steps, gamma, init_norm, levels: as `ddn` takes them.
+        steps, gamma, init_norm, levels, targets, line_search: as `ddn` takes them.
         within: radius of the second number, that of samples broken within it; None: none.
         name: what tables print.
 
@@ -127,6 +167,8 @@ class DDN:
     gamma: float = 0.05
     init_norm: float = 1.0
     levels: int | None = None
+    targets: int = 0
+    line_search: int = 0
     within: float | None = None
     name: str = "ddn"
 
@@ -134,6 +176,7 @@ class DDN:
         """Parse fractions and check ranges."""
         object.__setattr__(self, "within", check_within(self.within, self.norm))
         _check(steps=self.steps, gamma=self.gamma, init_norm=self.init_norm, levels=self.levels)
+        check_extras(self.targets, self.line_search)
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
         """Attack [B, C, H, W] images in [0, 1]; (seed, id) decide where a gradient is exactly zero."""
@@ -146,6 +189,8 @@ class DDN:
             init_norm=self.init_norm,
             levels=self.levels,
             noise=random.gaussian(ids, x.shape[1:], random.key(seed, "ddn")),
+            targets=self.targets,
+            line_search=self.line_search,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mi_at.attacks.nearest import Nearest, check_steps, check_within
+from mi_at.attacks.nearest import Nearest, check_extras, check_steps, check_within
 from mi_at.attacks.pgd import check_images
 from mi_at.functional.geometry import check_norm
 
@@ -122,8 +122,7 @@ def _difference(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, targe
 def _check(*, norm: str, steps: int, targets: int, alpha_max: float, eta: float, beta: float) -> None:
     check_norm(norm)
     check_steps(steps)
-    if targets < 0:
-        raise ValueError(f"attack.targets={targets}: expected 0 (untargeted), or the number of target classes")
+    check_extras(targets)
     if not 0 <= alpha_max <= 1:
         raise ValueError(f"attack.alpha_max={alpha_max}: expected a number in [0, 1], such as 0.1")
     if not 1 <= eta < float("inf"):

@@ -235,11 +235,12 @@ def _checked(eps: Any, steps: int, kernel: int, gamma: float, overflow: str, bis
 class FWA:
     """FWA as an evaluation attack; nothing in it is random.
 
-    Its budget is no l_p ball, so the evaluator checks the range alone and no worst case takes it in. With
-    overflow="none" the image is clamped when it is returned, as the network saw it: the same image as with "clip".
+    Its budget is no l_p ball, so the evaluator checks the range alone and no worst case takes it in. The paper's own
+    images may exceed 1 and are clamped by the network: that is "clip".
 
     Attributes:
-        eps, steps, kernel, gamma, overflow, bisection: as `fwa` takes them (CIFAR in the paper: 0.005; MNIST: 0.5).
+        eps, steps, kernel, gamma, bisection: as `fwa` takes them (CIFAR in the paper: 0.005; MNIST: 0.5).
+        overflow: "clip" or "capacity"; no image that exceeds 1 is evaluated.
         objective: "cross_entropy", "margin" or "dlr".
         kappa: confidence of the margin.
         name: what tables print.
@@ -263,6 +264,11 @@ class FWA:
         """Parse a fraction and check ranges."""
         budget = _checked(self.eps, self.steps, self.kernel, self.gamma, self.overflow, self.bisection)
         object.__setattr__(self, "eps", budget)
+        if self.overflow == "none":
+            raise ValueError(
+                "attack.overflow='none': what is evaluated lies in [0, 1]; use clip, which is what the network saw, or "
+                "capacity"
+            )
         if self.objective not in objectives.NAMES:
             raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(objectives.NAMES)}")
         if self.kappa < 0:
@@ -277,9 +283,9 @@ class FWA:
             steps=self.steps,
             kernel=self.kernel,
             gamma=self.gamma,
-            overflow="clip" if self.overflow == "none" else self.overflow,
+            overflow=self.overflow,
             bisection=self.bisection,
-        ).clamp(0, 1)
+        )
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a record; the budget is under `budget`, for `eps` means an l_p radius."""

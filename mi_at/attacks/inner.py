@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -72,6 +72,9 @@ class InnerMaximisation:
     precision: str = "fp32"
     warmup_epochs: int = 0
 
+    joint: ClassVar[bool] = False
+    """Whether an image's search depends on the others of its process's share of a batch."""
+
     def __post_init__(self) -> None:
         """Parse fractions and check ranges."""
         check_norm(self.norm)
@@ -87,6 +90,15 @@ class InnerMaximisation:
             raise ValueError(f"attack.precision={self.precision!r}: expected fp32 or bf16")
         if self.warmup_epochs < 0:
             raise ValueError(f"attack.warmup_epochs={self.warmup_epochs}: expected 0 or more")
+
+    def search_for(self, inner: Inner, net: Any) -> Inner:
+        """The search that is run where a method asks for one; a budget of its own kind may put another in its place.
+
+        Args:
+            inner: what the method asks for.
+            net: the bare network.
+        """
+        return inner
 
     def eps_at(self, epoch: float) -> float:
         """The radius after `epoch` epochs (a fraction counts steps within one): linear warm-up, then eps.

@@ -10,7 +10,7 @@ descent, batched, for training (shared_info, Table 7: eps 10/255, 20 steps) and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -195,6 +195,30 @@ def guided_by_first_half(net: Any, tap: str) -> Inner:
         return torch.cat([x[: len(x) - len(sources)], attacked])
 
     return Inner(objective, init="zero", generate=generate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepresentationMaximisation(InnerMaximisation):
+    """The `attack` group of training on the representation attack: `guided_by_first_half` is what every view gets.
+
+    What the defense would maximise is not; its loss sees the two views as ever.
+
+    Attributes:
+        tap: name of a tap; shared_info: the last layer before the output.
+    """
+
+    tap: str = "features"
+    joint: ClassVar[bool] = True
+
+    def search_for(self, inner: Inner, net: Any) -> Inner:
+        """The first half of the batch guides the second.
+
+        Raises:
+            ValueError: a method whose search is its own.
+        """
+        if inner.generate is not None:
+            raise ValueError("attack=representation: this method has a search of its own; use attack=pgd")
+        return replace(guided_by_first_half(net, self.tap), mode=inner.mode)
 
 
 def _check_guides(x: Tensor, guides: Tensor) -> None:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,13 @@ class Transfer:
     the batch it gets, as ever.
 
     As for every attack the evaluator counts samples that are wrong when clean as broken. Published black-box numbers do
-    not, and can exceed the clean accuracy: `describe()["raw_accuracy"]` says how to get that number.
+    not, and can exceed the clean accuracy: the row's description has that number too, as `raw_accuracy`.
 
     Attributes:
         kind: which attack, a key of `KINDS`.
         options: its settings, plain values by name.
         surrogate_name: of the surrogate, for the record (an architecture, a checkpoint); None: its class.
-        surrogate_accuracy: its own clean accuracy in [0, 1], where known.
+        surrogate_accuracy: its own clean accuracy in [0, 1]; None: the evaluator measures it on the same samples.
         surrogate: the network, bound by `with_surrogate`.
         name: what tables print.
 
@@ -52,6 +52,8 @@ class Transfer:
         >>> attack.with_surrogate(nn.Identity(), accuracy=0.95).describe()["surrogate"]
         {'name': 'Identity', 'clean_accuracy': 0.95}
     """
+
+    raw: ClassVar[bool] = True
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class Transfer:
         surrogate = self.surrogate.to(x.device)
         with attacking(surrogate):
             self._check_classes(net, surrogate, x[:1])
-            x_adv: Tensor = self.attack(_Float32(surrogate), x, y, ids=ids, seed=seed)
+            x_adv: Tensor = self.attack(surrogate, x, y, ids=ids, seed=seed)
         return x_adv
 
     def describe(self) -> dict[str, Any]:
@@ -131,8 +133,6 @@ class Transfer:
             "name": self.name,
             "kind": self.kind,
             "surrogate": {"name": self.surrogate_name, "clean_accuracy": self.surrogate_accuracy},
-            "raw_accuracy": "of the network on the attacked images of all samples, without the clean condition "
-            "(evaluate with keep_images)",
         }
 
     def _check_classes(self, net: nn.Module, surrogate: nn.Module, x: Tensor) -> None:
@@ -150,15 +150,3 @@ class Transfer:
                 f"attack {self.name}: the surrogate {self.surrogate_name} has {found} classes, the network {classes}: "
                 "is it one of another data set?"
             )
-
-
-class _Float32(nn.Module):
-    """A network with logits in float32 or better."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x)
-        return logits.float() if logits.dtype.itemsize < 4 else logits

@@ -110,11 +110,12 @@ class AdversarialExamples(Callback):
 
     def _select(self, rule: TrainingRule, batch: Batch) -> None:
         eps = self.budget.eps
-        budget = replace(
-            self.budget,
+        budget = InnerMaximisation(
+            norm=self.budget.norm,
+            eps=eps,
             steps=SELECTION_STEPS if eps else 0,
             step_size=eps / 4 or 1.0,
-            precision="fp32",
+            init=self.budget.init,
             mode="eval",
         )
         # Lightning's trainer.validate may hand over inference tensors, which autograd refuses.
@@ -151,6 +152,7 @@ def craft(rule: TrainingRule, x: Tensor, inner: Inner, budget: InnerMaximisation
     Returns:
         [B, C, H, W] in [0, 1].
     """
+    inner = budget.search_for(inner, rule.net)
     kind = budget.init or inner.init
     drawn = random.key(seed, "network")
     with attacking(rule.net, budget.mode or inner.mode, budget.precision), random.keyed(ids, drawn):

@@ -146,7 +146,9 @@ class KeepEpochs(Checkpoint):
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1 save `last.ckpt` after the step in progress and exit with status 143.
+    """On SIGTERM, SIGUSR1 or SIGUSR2 save `last.ckpt` after the step in progress and exit with status 143.
+
+    Who listened before the run did is told then: submitit puts its job back into Slurm's queue.
 
     It leaves one hook later than it saves, so that what belongs to the step or the epoch is logged and done.
 
@@ -154,12 +156,18 @@ class Preemption(Callback):
         last: the callback whose file is written; it saves the ends of epochs itself.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, last: Last) -> None:
         self.last = last
-        self._received = self._leaving = False
+        self._received: signal.Signals | None = None
+        self._leaving = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._outer: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note who listens, before Lightning does."""
+        self._outer = {number: signal.getsignal(number) for number in self.SIGNALS}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen; in place of Lightning's own handlers, which it installs before and which communicate."""
@@ -196,10 +204,10 @@ class Preemption(Callback):
         self._restore()
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
-        self._received = True
+        self._received = signal.Signals(number)
 
     def _agreed(self, trainer: Trainer) -> bool:
-        self._leaving = trainer.strategy.reduce_boolean_decision(self._received, all=False)
+        self._leaving = trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
         return self._leaving
 
     def _leave(self, trainer: Trainer) -> None:
@@ -207,6 +215,8 @@ class Preemption(Callback):
             return
         if trainer.is_global_zero:
             print(f"preempted: saved {self.last.path}; continue with resume=true", flush=True)
+        if self._received is not None and callable(tell := self._outer.get(self._received)):
+            tell(self._received, None)
         # Other ranks end quietly: Lightning kills the main process when a child fails.
         raise SystemExit(INTERRUPTED if trainer.is_global_zero else 0)
 

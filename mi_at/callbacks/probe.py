@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +15,9 @@ from torchmetrics import MeanMetric
 
 from mi_at.attacks.autoattack import forked_rng
 from mi_at.attacks.contexts import attacking
+from mi_at.callbacks.lines import add_line
 from mi_at.data.batch import Batch
+from mi_at.metrics.clusters import NormalizedCMI
 from mi_at.regularizers.base import TrainingRule
 
 CLEAN = "clean"
@@ -30,13 +31,15 @@ class Probe(Callback):
     attacked; the others count as wrong. Training is not disturbed: same bits with a probe as without.
 
     Each time a line goes to probe.jsonl in the run folder: {"epoch": finished epochs, "step": finished steps,
-    "clean": ..., "<name>": ...}. A resumed run replaces the lines of what it does again.
+    "clean": ..., "<name>": ...}, with `ncmi` also "clean ncmi" and "<name> ncmi", None where nothing separates. A
+    resumed run replaces the lines of what it does again.
 
     Args:
         attacks: by name; called as attack(net, x, y, ids=, seed=) -> adversarial images.
         folder: the run folder.
         every_n_epochs: finished epochs between recordings; the last epoch has one in any case.
         seed: of the attacks' noise.
+        ncmi: record the NCMI of the outputs too (robust NCMI, Figure 9); every image is attacked for it.
 
     Raises:
         ValueError: no attacks, one named "clean", or every_n_epochs < 1; when training starts, no validation
@@ -50,6 +53,7 @@ class Probe(Callback):
         folder: str | Path,
         every_n_epochs: int = 1,
         seed: int = 0,
+        ncmi: bool = False,
     ) -> None:
         if not attacks or CLEAN in attacks:
             raise ValueError(
@@ -59,7 +63,9 @@ class Probe(Callback):
             raise ValueError(f"every_n_epochs={every_n_epochs}: expected 1 or more")
         self.attacks, self.path = dict(attacks), Path(folder) / "probe.jsonl"
         self.every_n_epochs, self.seed = every_n_epochs, seed
+        self.ncmi = ncmi
         self._right = {name: MeanMetric() for name in (CLEAN, *self.attacks)}
+        self._clusters: dict[str, NormalizedCMI] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to record what will never be measured."""
@@ -73,6 +79,7 @@ class Probe(Callback):
         """Start counting."""
         for metric in self._right.values():
             metric.to(pl_module.device).reset()
+        self._clusters = {}
 
     def on_validation_batch_end(
         self,
@@ -88,27 +95,32 @@ class Probe(Callback):
             return
         net = cast(TrainingRule, pl_module).net
         with attacking(net), forked_rng():
-            right = _predict(net, batch.x) == batch.y
+            right = self._judge(CLEAN, net, batch.x, batch.y)
             self._right[CLEAN].update(right.float())
-            x, y, ids = batch.x[right], batch.y[right], batch.index[right]
+            wanted = torch.ones_like(right) if self.ncmi else right
+            x, y, ids = batch.x[wanted], batch.y[wanted], batch.index[wanted]
             for name, attack in self.attacks.items():
                 stays = torch.zeros_like(right)
                 if len(y):
                     torch.manual_seed(self.seed)  # of attacks that draw from the global state
                     with attacking(net):  # again: an attack may leave another mode behind
                         x_adv = attack(net, x, y, ids=ids, seed=self.seed)
-                    stays[right] = _predict(net, x_adv) == y
-                self._right[name].update(stays.float())
+                    stays[wanted] = self._judge(name, net, x_adv, y)
+                self._right[name].update((stays & right).float())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracies over all processes, and write them down."""
         if not self._due(trainer):
             return
         values = {name: 100 * metric.compute() for name, metric in self._right.items()}
-        pl_module.log_dict({f"probe/{name}": value for name, value in values.items()}, batch_size=1)
+        clusters = {f"{name} ncmi": metric.compute() for name, metric in self._clusters.items()}
+        pl_module.log_dict(
+            {f"probe/{name}": value.float() for name, value in {**values, **clusters}.items()}, batch_size=1
+        )
         if trainer.is_global_zero:
             numbers = {name: round(float(value), 4) for name, value in values.items()}
-            self._record({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **numbers})
+            line = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **numbers}
+            add_line(self.path, {**line, **{name: _finite(value) for name, value in clusters.items()}})
 
     def _due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -116,17 +128,17 @@ class Probe(Callback):
         finished = trainer.current_epoch + 1
         return finished % self.every_n_epochs == 0 or finished == trainer.max_epochs
 
-    def _record(self, line: Mapping[str, Any]) -> None:
-        """Add a line after those of earlier steps, whole or not at all."""
-        earlier = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = [text for text in earlier if json.loads(text)["step"] < line["step"]]
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("\n".join([*kept, json.dumps(line)]) + "\n")
-        part.replace(self.path)
+    @torch.no_grad()
+    def _judge(self, name: str, net: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Which are right; where NCMI is wanted, the outputs are taken in."""
+        logits: Tensor = net(x)
+        if self.ncmi:
+            if name not in self._clusters:
+                self._clusters[name] = NormalizedCMI(num_classes=logits.shape[1]).to(logits.device)
+            self._clusters[name].update(logits.double().softmax(dim=1), y)
+        return logits.argmax(dim=1) == y
 
 
-@torch.no_grad()
-def _predict(net: torch.nn.Module, x: Tensor) -> Tensor:
-    prediction: Tensor = net(x).argmax(dim=1)
-    return prediction
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return round(number, 6) if math.isfinite(number) else None

@@ -126,8 +126,9 @@ def evaluate(
         classes = int(tensor(clean, "classes"))
         _check_classes(y, classes, num_classes)
         samples = Samples(x, y, index, tensor(clean, "prediction"))
+        adapted = {name: _for_classes(attack, classes) for name, attack in attacks.items()}
         plan = Plan(
-            attacks={name: _for_classes(attack, classes) for name, attack in attacks.items()},
+            attacks=_with_surrogates(adapted, samples, pieces, key, device=device, batch=batch, seed=seed),
             counts=counts,
             samples=samples,
             seed=seed,
@@ -309,6 +310,39 @@ def _for_classes(attack: Any, classes: int) -> EvalAttack:
     return adapted
 
 
+def _with_surrogates(
+    attacks: Mapping[str, Any],
+    samples: Samples,
+    pieces: Pieces,
+    key: str,
+    *,
+    device: torch.device,
+    batch: BatchSize,
+    seed: int,
+) -> dict[str, EvalAttack]:
+    """Transfer attacks with their surrogate's own accuracy on the clean images, where it is not known."""
+    known: dict[int, float] = {}
+    completed: dict[str, EvalAttack] = {}
+    for name, attack in attacks.items():
+        completed[name] = attack
+        surrogate = getattr(attack, "surrogate", None)
+        if not isinstance(surrogate, nn.Module) or attack.surrogate_accuracy is not None:
+            continue
+        if id(surrogate) not in known:
+            file = f"surrogate-{key and fingerprint(key, surrogate)}"
+            clean = (samples.x, samples.y, samples.index)
+            try:
+                with prepared(surrogate.to(device), seed):
+                    kept = _clean(surrogate, clean, pieces, file, device=device, batch=batch, seed=seed)
+            except EvaluationError as error:
+                raise EvaluationError(
+                    f"attack {name}: its surrogate {attack.surrogate_name}: {error}; is it one of another data set?"
+                ) from error
+            known[id(surrogate)] = int((tensor(kept, "prediction") == samples.y).sum()) / len(samples.y)
+        completed[name] = attack.with_surrogate(surrogate, accuracy=known[id(surrogate)])
+    return completed
+
+
 def _block(pieces: Pieces, key: str, batch_size: int, n: int, processes: int) -> int | None:
     """Samples of a piece: what the first sitting chose, for all later ones."""
     if pieces.folder is None:
@@ -367,7 +401,7 @@ def _result(
                 f"{description['steps']} steps of {description['step_size']} cannot cross a ball"
                 f" of eps {description['eps']}"
             )
-        row = rows[name] = AttackResult(
+        row = AttackResult(
             name=name,
             description=description,
             label=label,
@@ -376,7 +410,10 @@ def _result(
             flags=tuple(sorted(flags)),
             messages=flags,
             seconds=outcome.seconds,
+            raw_prediction=outcome.raw,
         )
+        raw = {} if row.raw_accuracy is None else {"raw_accuracy": row.raw_accuracy}
+        rows[name] = replace(row, description={**description, **raw})
         examples[name] = outcome.examples
         within = getattr(attack, "within", None) if says(attack, "minimum_norm") else None
         if within is not None:
@@ -389,6 +426,7 @@ def _result(
                 prediction=torch.where(reached, outcome.prediction, samples.prediction[: len(label)]),
                 distance=torch.where(reached, outcome.distance, 0.0),
                 seconds=0.0,
+                raw_prediction=None,
             )
             examples[name] = outcome.within
     return EvaluationResult(

@@ -27,6 +27,8 @@ class EvalAttack(Protocol):
       too it gets `steps=` (`mi_at.attacks.packing.Steps`), through which its batches are kept and shared.
     - `batch_coupled`: its objective couples the batch: fixed blocks of its own `batch_size` (or the
       evaluation's), in the order of the split, samples that are wrong when clean among them.
+    - `raw`: it is shown every sample, and its row has `raw_accuracy` too: that on the attacked images, without the
+      condition that a sample was right when clean (published black-box numbers are such).
     - `minimum_norm`: it returns the nearest adversarial image it found, however far, and the clean one where it
       found none. It gives a second row, "<name> within", where its `within` is set.
 
@@ -82,6 +84,7 @@ class AttackResult:
         label: [n] int64.
         prediction: [n] int64 on the attacked image; the clean one where that was wrong already.
         distance: [n] float32, how far the image moved in the attack's norm (l_inf where it has none or another).
+        raw_prediction: [n] int64 on the attacked image of every sample, where the attack asks for it (`raw`).
         flags: names of what is doubtful about the number, e.g. "reach".
         messages: a sentence per flag, where there is one.
         seconds: of computing, over all processes and sittings.
@@ -95,6 +98,7 @@ class AttackResult:
     flags: tuple[str, ...] = ()
     messages: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    raw_prediction: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -110,6 +114,11 @@ class AttackResult:
     def accuracy(self) -> float:
         """Share of samples that stay right, in [0, 1]."""
         return int(self.correct.sum()) / self.n
+
+    @property
+    def raw_accuracy(self) -> float | None:
+        """Share of attacked images that are classified right, those of samples that were wrong when clean included."""
+        return None if self.raw_prediction is None else int((self.raw_prediction == self.label).sum()) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -70,8 +70,9 @@ class Plan:
     keep_images: tuple[str, ...]
 
     def everything(self, name: str) -> bool:
-        """Whether an attack gets every sample, wrong ones too: its images are wanted, or its blocks are fixed."""
-        return name in self.keep_images or says(self.attacks[name], "batch_coupled")
+        """Whether an attack gets every sample, wrong ones too: all images or outputs are wanted, or fixed blocks."""
+        attack = self.attacks[name]
+        return name in self.keep_images or says(attack, "batch_coupled") or says(attack, "raw")
 
     def before(self, name: str) -> list[str]:
         """The attacks whose victims an attack is spared: earlier ones of its threat model on as many samples."""
@@ -93,6 +94,8 @@ class Outcome:
     Attributes:
         prediction: [n] int64, the clean one where it was wrong already; of an earlier attack where that broke it.
         distance: [n] float32.
+        raw: [n] int64, the prediction on the attacked image also of samples that were wrong already; None where the
+            attack does not ask for it.
         seconds: of computing.
         flags: name -> message.
         examples: the strongest; within: those within the radius of a minimum-norm attack.
@@ -101,6 +104,7 @@ class Outcome:
 
     prediction: Tensor
     distance: Tensor
+    raw: Tensor | None
     seconds: float
     flags: Mapping[str, str]
     examples: Examples
@@ -148,6 +152,7 @@ class Runner:
             enters = torch.ones(n, dtype=torch.bool)
         places = enters.nonzero().squeeze(1)
         images = samples.x[:n].float().cpu().clone() if name in self.plan.keep_images else None
+        raw = prediction.clone() if says(attack, "raw") else None
 
         def right() -> int:
             return int((prediction == samples.y[:n]).sum())
@@ -159,6 +164,8 @@ class Runner:
             here, there = tensor(kept, "prediction"), samples.right[part]
             prediction[part[there]] = here[there]
             distance[part[there]] = tensor(kept, "distance")[there]
+            if raw is not None:
+                raw[part] = here
             if images is not None:
                 images[part] = tensor(kept, "images")
             done = sum(len(part) for part, _ in parts)
@@ -171,6 +178,7 @@ class Runner:
         outcome = Outcome(
             prediction=prediction,
             distance=distance,
+            raw=raw,
             seconds=sum(float(tensor(kept, "seconds") + tensor(kept, "inner_seconds")) for _, kept in parts),
             flags=flags,
             examples=self._strongest([kept for _, kept in parts], ""),

@@ -44,8 +44,9 @@ def logit_margin(logits: Tensor, y: Tensor) -> Tensor:
 def cw_margin(logits: Tensor, y: Tensor, kappa: float = 0.0) -> Tensor:
     """Carlini-Wagner margin min(max_{k != y} z_k - z_y, kappa), to be maximised by an attacker.
 
-    With kappa 0 the gradient vanishes once the sample is misclassified; with kappa 50 it never does for usual
-    logits (the two conventions of the papers).
+    With kappa 0 the gradient vanishes once the margin is positive: the sample is misclassified. With kappa 50 it never
+    does for usual logits (the two conventions of the papers). Where logits tie, as those of half precision do, the
+    first class wins, so that the gradient is still there.
 
     Args:
         logits: [B, C] float, C >= 2.
@@ -59,7 +60,18 @@ def cw_margin(logits: Tensor, y: Tensor, kappa: float = 0.0) -> Tensor:
         >>> cw_margin(torch.tensor([[1.0, 5.0]]), torch.tensor([0])).item()
         0.0
     """
-    return logit_margin(logits, y).clamp_max(kappa)
+    return at_most(logit_margin(logits, y), kappa)
+
+
+def at_most(values: Tensor, limit: float) -> Tensor:
+    """min(value, limit), with a gradient at the limit itself, where that of torch's clamp is 0.
+
+    Example:
+        >>> values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        >>> torch.autograd.grad(at_most(values, 2.0).sum(), values)[0]
+        tensor([1., 1., 0.])
+    """
+    return torch.where(values > limit, limit, values)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from mi_at.regularizers.base import Context, Regularizer, Views
 LAMBDA_TERMS = ("clipped", "paper", "off")
 SELECTIONS = ("current", "reference")
 OBJECTIVES = ("eq5", "eq4", "released")
+INFORMATION = ("both", "natural", "adversarial")
 AUTO = "auto"
 
 
@@ -44,6 +45,7 @@ def namid_loss(
     alpha: float,
     lambda_mi: float,
     lambda_term: str = "clipped",
+    information: str = "both",
 ) -> dict[str, Tensor]:
     """alpha (cos_n + cos_a + lambda (E_a(x~') - E_n(x~'))) (eq. 8-9).
 
@@ -54,6 +56,7 @@ def namid_loss(
         alpha: weight, >= 0.
         lambda_mi: weight, >= 0.
         lambda_term: "clipped", "paper" (no hinge) or "off".
+        information: "both", or the one that is left ("natural", "adversarial") where the other is removed (Figure 5).
 
     Returns:
         {"cosine_natural", "cosine_adversarial", "information"}: weighted scalars; the last only where it is in use.
@@ -67,13 +70,19 @@ def namid_loss(
         {'cosine_natural': 0.2, 'cosine_adversarial': 0.0, 'information': 0.0}
     """
     terms = {}
-    for name, estimates in (("cosine_natural", natural), ("cosine_adversarial", adversarial)):
+    kept = {
+        name: own for name, own in (("natural", natural), ("adversarial", adversarial)) if information in (name, "both")
+    }
+    for name, estimates in kept.items():
         cosine, known = selected_cosine(estimates["clean"], estimates["adversarial"], selected)
-        terms[name] = alpha * torch.where(known, 1 - cosine, 0)
+        terms[f"cosine_{name}"] = alpha * torch.where(known, 1 - cosine, 0)
     if lambda_mi and lambda_term != "off":
-        lowered = selected_mean(adversarial["adversarial"], selected)
-        lowered = lowered.relu() if lambda_term == "clipped" else lowered
-        terms["information"] = alpha * lambda_mi * (lowered - selected_mean(natural["adversarial"], selected))
+        means = {name: selected_mean(estimates["adversarial"], selected) for name, estimates in kept.items()}
+        if "adversarial" in means and lambda_term == "clipped":
+            means["adversarial"] = means["adversarial"].relu()
+        zero = selected.new_zeros((), dtype=torch.float32)
+        moved = means.get("adversarial", zero) - means.get("natural", zero)
+        terms["information"] = alpha * lambda_mi * moved
     return terms
 
 
@@ -90,6 +99,7 @@ class Namid(Regularizer):
         estimator_epochs: 25 (section 4.1), of estimators=auto.
         hsize: width of the estimators; the authors' code has 2048.
         any_reference: allow estimators of another architecture's outputs, as the authors' code does for WRN-34-10.
+        information: "both" | "natural" | "adversarial", which is left where the other is removed (Figure 5).
 
     Raises:
         ValueError: a negative weight or an unknown option.
@@ -109,6 +119,7 @@ class Namid(Regularizer):
         estimator_epochs: int = 25,
         hsize: int = 2048,
         any_reference: bool = False,
+        information: str = "both",
     ) -> None:
         super().__init__()
         for name, weight in {"alpha": alpha, "lambda_mi": lambda_mi}.items():
@@ -121,11 +132,13 @@ class Namid(Regularizer):
             "lambda_term": (lambda_term, LAMBDA_TERMS),
             "selection": (selection, SELECTIONS),
             "estimator_objective": (estimator_objective, OBJECTIVES),
+            "information": (information, INFORMATION),
         }
         for name, (value, known) in choices.items():
             if value not in known:
                 raise ValueError(f"regularizer.namid.{name}={value!r}: expected one of {', '.join(known)}")
         self.alpha, self.lambda_mi, self.lambda_term, self.selection = alpha, lambda_mi, lambda_term, selection
+        self.information = information
         self.estimators, self.hsize, self.any_reference = estimators, hsize, any_reference
         self.estimator_objective, self.estimator_epochs = estimator_objective, estimator_epochs
         self.coupled = "the mutual information of regularizer.namid" if alpha else ""
@@ -204,6 +217,7 @@ class Namid(Regularizer):
             alpha=self.alpha,
             lambda_mi=self.lambda_mi,
             lambda_term=self.lambda_term,
+            information=self.information,
         )
 
     def readings(self) -> dict[str, Tensor]:

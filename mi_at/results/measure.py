@@ -15,8 +15,10 @@ from mi_at.data.batch import Batch
 from mi_at.evaluation.audit import audit, training_notes
 from mi_at.evaluation.evaluate import evaluate
 from mi_at.evaluation.information import full_set_information
+from mi_at.evaluation.mutual_information import mutual_information
 from mi_at.evaluation.outcomes import CLEAN, EvalAttack, EvaluationResult
 from mi_at.results.examples import EXAMPLES, write_examples
+from mi_at.results.outputs import OUTPUTS, write_outputs
 from mi_at.results.page import PAGE, write_page
 from mi_at.results.records import Record, make_record, write_record
 from mi_at.results.terminal import print_table
@@ -52,6 +54,7 @@ def measure(
     sharing: int = 1,
     adaptive: Mapping[str, EvalAttack] | None = None,
     variants: Mapping[str, nn.Module] | None = None,
+    critics: Mapping[str, nn.Module] | None = None,
 ) -> Record:
     """Evaluate a network on the test split and keep what was found.
 
@@ -73,6 +76,7 @@ def measure(
         sharing: processes that share the evaluation.
         adaptive: for the audit: attacks made for the defense; None: none are known.
         variants: for the audit: other versions of the network, {} where there are none; None: not known.
+        critics: for the mutual information: the estimators of defense=mi_estimators.
 
     Returns:
         The record, as written.
@@ -103,7 +107,11 @@ def measure(
         state=state,
         adaptive=adaptive,
         variants=variants,
+        critics=critics,
     )
+    if outputs := config["evaluation"].get("outputs"):
+        x, _, _ = first_samples(data, len(result.label))
+        write_outputs(path.with_name(OUTPUTS), net, x, result, attacks=attacks, **outputs)
     write_examples(path.with_name(EXAMPLES), result)
     write_record(path, record, result)
     shutil.rmtree(state, ignore_errors=True)
@@ -128,6 +136,7 @@ def assess(
     state: Path | None = None,
     adaptive: Mapping[str, EvalAttack] | None = None,
     variants: Mapping[str, nn.Module] | None = None,
+    critics: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Record, EvaluationResult]:
     """`measure` without a disk: what was found, and the outcomes per sample.
 
@@ -146,9 +155,11 @@ def assess(
         state: folder of what is kept of an unfinished evaluation; None: nothing is.
         adaptive: as `measure` takes it.
         variants: as `measure` takes it.
+        critics: as `measure` takes it.
     """
     settings = config["evaluation"]
-    of = list(settings.get("information") or ())
+    of, estimated = list(settings.get("information") or ()), list(settings.get("mutual_information") or ())
+    shown = list((settings.get("outputs") or {}).get("of") or ())
     data.setup("test")
     result = evaluate(
         net,
@@ -164,7 +175,7 @@ def assess(
         processes=sharing,
         survivors=bool(settings.get("survivors")),
         state=state,
-        keep_images=[name for name in of if name != CLEAN],
+        keep_images=[name for name in dict.fromkeys([*of, *estimated, *shown]) if name != CLEAN],
     )
     information: dict[str, Any] = {}
     if of or settings.get("robust_ncmi"):
@@ -178,6 +189,12 @@ def assess(
             robust=_robust(settings),
             batch_size=result.batch_size,
         )
+    if estimated:
+        x, _, _ = first_samples(data, len(result.label))
+        information["mutual_information"] = {
+            name: mutual_information(net, critics or {}, x[: len(result.images[name])], result.images[name])
+            for name in estimated
+        }
     audited: dict[str, Any] = {}
     if settings.get("audit"):
         x, y, ids = first_samples(data, len(result.label))

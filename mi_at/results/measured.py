@@ -6,14 +6,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mi_at.evaluation.audit_findings import SEVERITIES
-from mi_at.evaluation.outcomes import CLEAN
+from mi_at.evaluation.outcomes import CLEAN, radius
 from mi_at.results.records import (
     AttackRecord,
     Record,
@@ -24,11 +25,16 @@ from mi_at.results.records import (
     run_key,
 )
 from mi_at.results.reported import Reported
-from mi_at.results.tables import Cell, Table, TableError
+from mi_at.results.tables import Cell, Table, TableError, key_of
 
 RECORD = "record.json"
 WITHIN = " within"
-NOT_SETTINGS = ("name", "surrogate")
+WORST = "worst"
+"""The column of the worst case over the attacks of one ball, per sample; records call it "worst of a, b"."""
+WORST_OF = "worst_of"
+VALIDATION = ("trainer.check_val_every_n_epoch", "trainer.limit_val_batches")
+"""Settings that the last checkpoint does not depend on."""
+NOT_SETTINGS = ("name", "surrogate", "guides")
 SHOWN_DIFFERENCES = 4
 
 
@@ -43,6 +49,11 @@ class Found:
 
     path: Path
     record: Record
+
+    @cached_property
+    def identity(self) -> str:
+        """The hash of its configuration without the seed of training."""
+        return identity(self.record.config)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class Line:
         n: images that they are of.
         flags: what is doubtful about them.
         audit: the gravest verdict over the seeds; None where none was audited.
+        sources: the record of each seed.
+        unlike: in what they differ from the cell, as its table allows; the row says which of the differences it is.
     """
 
     cell: str
@@ -83,6 +96,8 @@ class Line:
     n: int | None
     flags: tuple[str, ...]
     audit: str | None
+    sources: Mapping[int, Path] = field(default_factory=dict)
+    unlike: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -110,12 +125,36 @@ class Filled:
         budget: of all its measured numbers.
         lines: in the order of cells and columns.
         aside: records that are not in it, a sentence each.
+        records: those that are, by cell and in the order of seeds.
     """
 
     table: Table
     budget: str
     lines: list[Line] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
+    records: dict[str, list[Found]] = field(default_factory=dict)
+
+
+def worst_of(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The row of the worst case over the most attacks that share a ball, where there are two.
+
+    Args:
+        attacks: what each row says of itself, by name.
+
+    Example:
+        >>> ball = {"norm": "linf", "eps": 0.3}
+        >>> worst_of({"clean": {"attack": "clean"}, "a": ball, "b": ball})
+        {'worst': {'attack': 'worst_of', 'members': ['a', 'b'], 'norm': 'linf', 'eps': 0.3}}
+    """
+    balls: dict[tuple[str, float], list[str]] = {}
+    for name, says in attacks.items():
+        if (eps := radius(says)) is not None and not name.endswith(WITHIN):
+            balls.setdefault((str(says["norm"]), eps), []).append(name)
+    members = max(balls.values(), key=len, default=[])
+    if len(members) < 2:
+        return {}
+    first = attacks[members[0]]
+    return {WORST: {"attack": WORST_OF, "members": members, "norm": first["norm"], "eps": first["eps"]}}
 
 
 def find_records(folders: Iterable[str | Path]) -> tuple[list[Found], list[str]]:
@@ -137,8 +176,12 @@ def find_records(folders: Iterable[str | Path]) -> tuple[list[Found], list[str]]
     return found, damaged
 
 
-def identity(config: Mapping[str, Any]) -> str:
-    """The hash of a configuration in which the seed of training does not count.
+def identity(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """The hash of a configuration in which the seed of training does not count; of the last epoch, nor validation.
+
+    Args:
+        config: resolved.
+        without: further keys that do not count.
 
     Example:
         >>> identity({"seed": 0, "dataset": {"seed": 0}}) == identity({"seed": 1, "dataset": {"seed": 1}})
@@ -147,7 +190,8 @@ def identity(config: Mapping[str, Any]) -> str:
         False
     """
     own = (config.get("dataset") or {}).get("seed") == config.get("seed")
-    return config_hash(config, without=("seed", "dataset.seed") if own else ("seed",))
+    seeds = ("seed", "dataset.seed") if own else ("seed",)
+    return config_hash(config, without=(*seeds, *(VALIDATION if config.get("select") == "last" else ()), *without))
 
 
 def fill(
@@ -157,15 +201,19 @@ def fill(
     found: Sequence[Found],
     *,
     seeds: Sequence[int] | None = None,
+    budget: str = "paper",
+    choices: Mapping[str, str] | None = None,
 ) -> Filled:
     """Put records into a table, by the hash of their configuration and by nothing else.
 
     Args:
         table: with the cells that are wanted.
-        planned: their configurations, by cell.
+        planned: their configurations, by cell; a cell that `may_have` no record needs none.
         numbers: the paper's printed ones.
         found: records; of several of one configuration and seed the first is taken.
         seeds: those that count; None: all.
+        budget: of the table where no cell is planned.
+        choices: what is chosen from groups that a cell leaves open.
 
     Raises:
         TableError: a column that no cell has an attack for, or cells of different budgets.
@@ -175,21 +223,70 @@ def fill(
         raise TableError(
             f"table {table.name}: cells of budget {' and '.join(sorted(budgets))}: a table never mixes them"
         )
-    filled = Filled(table, budgets.pop())
-    of = {name: identity(plan.config) for name, plan in planned.items()}
+    filled = Filled(table, budgets.pop() if budgets else budget)
+    of = {name: identity(plan.config, table.may_differ) for name, plan in planned.items()}
     known = set(of.values())
-    hashes = [identity(each.record.config) for each in found]
+    hashes = [identity(each.record.config, table.may_differ) if table.may_differ else each.identity for each in found]
+    letters: dict[str, str] = {}
     printed = table.numbers(numbers)
     used: set[Path] = set()
     for name, cell in table.cells.items():
+        if name not in planned:
+            _leave_empty(filled, cell, printed[name], choices or {})
+            continue
         own = [each for each, hashed in zip(found, hashes, strict=True) if hashed == of[name]]
-        records = _one_a_seed(own, seeds, filled.aside, used)
+        filled.records[name] = []
+        for unlike, alike in _alike(own, planned[name], table.may_differ).items():
+            records = _one_a_seed(alike, seeds, filled.aside, used)
+            filled.records[name] += records
+            letter = letters.setdefault(unlike, chr(ord("a") + len(letters))) if unlike else ""
+            _fill_cell(filled, cell, planned[name], printed[name], records, unlike, letter)
         used |= {each.path for each in own}
-        _fill_cell(filled, cell, planned[name], printed[name], records)
     others = [each for each, hashed in zip(found, hashes, strict=True) if hashed not in known]
     _list_others(filled, planned, others)
+    filled.aside += [f"[{letter}] {unlike}" for unlike, letter in letters.items()]
     _never_mix_n(filled)
     return filled
+
+
+def may_have(table: Table, cell: Cell, found: Iterable[Found], choices: Mapping[str, str]) -> bool:
+    """Whether a record can be of a cell, of whatever version or budget, by its tags or by its data and network.
+
+    Composing a cell takes a second; where this is false there is nothing to compose it for.
+
+    Args:
+        table: that the cell is of.
+        cell: to look for.
+        found: records.
+        choices: what is chosen from groups that the cell leaves open.
+    """
+    wanted = {group: chosen(cell, group, choices) for group in ("dataset", "model")}
+    for each in found:
+        tags = each.record.tags.get("tags") or []
+        if table.name in tags and cell.name in tags:
+            return True
+        if all(each.record.names.get(group) == value for group, value in wanted.items()):
+            return True
+    return False
+
+
+def chosen(cell: Cell, group: str, choices: Mapping[str, str]) -> str:
+    """What a cell takes from a config group.
+
+    Example:
+        >>> cell = Cell("a", {}, ("dataset=mnist", "dataset.val_size=0"))
+        >>> chosen(cell, "dataset", {}), chosen(cell, "model", {"model": "cnn4"})
+        ('mnist', 'cnn4')
+    """
+    own = [override.partition("=")[2] for override in cell.overrides if key_of(override) == group]
+    return own[-1] if own else str(choices.get(group, "none"))
+
+
+def _leave_empty(filled: Filled, cell: Cell, printed: Mapping[str, Reported], choices: Mapping[str, str]) -> None:
+    dataset, model = (chosen(cell, group, choices) for group in ("dataset", "model"))
+    for column, number in printed.items():
+        attack = filled.table.columns[column]
+        filled.lines.append(Line(cell.name, cell.row, dataset, model, column, attack, number, {}, None, (), None))
 
 
 def _one_a_seed(own: Sequence[Found], seeds: Sequence[int] | None, aside: list[str], used: set[Path]) -> list[Found]:
@@ -205,12 +302,28 @@ def _one_a_seed(own: Sequence[Found], seeds: Sequence[int] | None, aside: list[s
     return [taken[seed] for seed in sorted(taken)]
 
 
+def _alike(own: Sequence[Found], plan: Planned, may_differ: Sequence[str]) -> dict[str, list[Found]]:
+    """A cell's records by what they differ in from it, in words; those that do not differ first."""
+    groups: dict[str, list[Found]] = {}
+    for each in own:
+        apart = differences(each.record.config, plan.config) if may_differ else []
+        words = [f"{key} {there} (the cell's is {here})" for key, there, here in apart if key in may_differ]
+        groups.setdefault(", ".join(words), []).append(each)
+    return dict(sorted(groups.items(), key=lambda group: bool(group[0]))) or {"": []}
+
+
 def _numbers(record: Record) -> list[tuple[str, int, int]]:
     return [(row.name, row.n, row.correct) for row in record.attacks]
 
 
 def _fill_cell(
-    filled: Filled, cell: Cell, plan: Planned, printed: Mapping[str, Reported], records: Sequence[Found]
+    filled: Filled,
+    cell: Cell,
+    plan: Planned,
+    printed: Mapping[str, Reported],
+    records: Sequence[Found],
+    unlike: str,
+    letter: str,
 ) -> None:
     choices, table = plan.config["choices"], filled.table
     columns: list[tuple[str, str, Reported | None]]
@@ -225,7 +338,7 @@ def _fill_cell(
         rows: dict[int, AttackRecord] = {}
         audits = []
         for each in records:
-            row = next((row for row in each.record.attacks if row.name == attack), None)
+            row = _row_of(each.record, attack)
             if wrong := _unlike(row, attack, plan, each.record):
                 filled.aside.append(f"refused: {each.path}: {attack}: {wrong}")
             elif row is not None:
@@ -240,7 +353,7 @@ def _fill_cell(
         filled.lines.append(
             Line(
                 cell=cell.name,
-                row=cell.row,
+                row=f"{cell.row} [{letter}]" if letter else cell.row,
                 dataset=str(choices["dataset"]),
                 model=str(choices["model"]),
                 column=column,
@@ -250,8 +363,18 @@ def _fill_cell(
                 n=next(iter(rows.values())).n if rows else None,
                 flags=tuple(dict.fromkeys(flags)),
                 audit=min(audits, key=SEVERITIES.index, default=None),
+                sources={each.record.seed: each.path for each in records if each.record.seed in rows},
+                unlike=unlike,
             )
         )
+
+
+def _row_of(record: Record, attack: str) -> AttackRecord | None:
+    """A record's row of an attack; of `WORST` the worst case over the most attacks."""
+    if attack == WORST:
+        unions = [row for row in record.attacks if row.attack == WORST_OF]
+        return max(unions, key=lambda row: len(row.description["members"]), default=None)
+    return next((row for row in record.attacks if row.name == attack), None)
 
 
 def _unlike(row: AttackRecord | None, attack: str, plan: Planned, record: Record) -> str | None:
@@ -265,7 +388,9 @@ def _unlike(row: AttackRecord | None, attack: str, plan: Planned, record: Record
     for setting in ("attack", "norm", "eps", "steps", "step_size"):
         if attack != CLEAN and _plain(getattr(row, setting)) != _plain(expected.get(setting)):
             return f"{setting} {getattr(row, setting)}, the column's is {expected.get(setting)}"
-    n = evaluation["n_of"].get(attack.removesuffix(WITHIN)) or evaluation["n"] or record[CLEAN].n
+    everything = evaluation["n"] or record[CLEAN].n
+    asked = [evaluation["n_of"].get(name.removesuffix(WITHIN)) for name in expected.get("members", [attack])]
+    n = min(everything, *(count for count in asked if count is not None), everything)
     if row.n != n:
         return f"n {row.n}, the column's is {n}"
     return None
@@ -346,4 +471,4 @@ def _never_mix_n(filled: Filled) -> None:
         usual = counts[line.attack, line.dataset].most_common(1)[0][0]
         if line.n != usual:
             filled.aside.append(f"refused: {line.cell}: {line.attack}: n {line.n}, the other cells' is {usual}")
-            filled.lines[place] = Line(**{**vars(line), "values": {}, "n": None, "flags": (), "audit": None})
+            filled.lines[place] = replace(line, values={}, n=None, flags=(), audit=None, sources={})

@@ -271,11 +271,11 @@ def scatter(points: Sequence[Point], *, across: str, up: str, height: int = 300)
         return round((y_high - value) / (y_high - y_low) * height, 1)
 
     parts: list[Html] = []
-    for tick in _ticks(y_low, y_high):
+    for tick in ticks(y_low, y_high):
         y = y_of(tick)
         parts.append(tag("line", x1="0", x2="100%", y1=y, y2=y, class_="grid"))
         parts.append(tag("text", _number(round(100 * tick, 6)), x=-8, y=y + 4, text_anchor="end", class_="tick"))
-    for tick in _ticks(x_low, x_high, most=4):
+    for tick in ticks(x_low, x_high, most=4):
         x, shown = _percent(x_of(tick)), _number(round(100 * tick, 6))
         parts.append(tag("line", x1=x, x2=x, y1=0, y2=height, class_="grid"))
         parts.append(tag("text", shown, x=x, y=height + 18, text_anchor="middle", class_="tick"))
@@ -403,8 +403,13 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return max(0.0, low - air), min(1.0, high + air)
 
 
-def _ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers in a range."""
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers in a range, about `most` of them.
+
+    Example:
+        >>> ticks(0, 1, most=2)
+        [0.0, 0.5, 1.0]
+    """
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)

@@ -22,17 +22,20 @@ NO_BOUND = "Without a bound a number is what is left at any distance: 0 is what 
 CHOICES = ("defense", "regularizer", "dataset", "model", "attack", "optim", "recipe", "budget", "callback", "trainer")
 
 
-def evaluation_page(measured: Measured) -> str:
+def evaluation_page(measured: Measured, *, first: Mapping[str, Html] | None = None, up: Child = None) -> str:
     """The whole page of one record.
 
     Args:
         measured: the record, and what lies beside it.
+        first: sections that come before all others.
+        up: links to the pages above it.
 
     Returns:
         The file's text.
     """
     record = measured.record
     parts = {
+        **(first or {}),
         "What was evaluated": _what(record),
         "Accuracy": _accuracy(record),
         "Audit": audit(record),
@@ -48,7 +51,7 @@ def evaluation_page(measured: Measured) -> str:
         del parts["Information"]  # asked for by few
     lead = join([tag("p", _subtitle(record), class_="sub"), _tiles(record)])
     foot = f"mi_at {record.versions.get('mi_at', '')}, record of {record.date}, configuration {record.config_hash}"
-    return document(record.key, lead, parts, foot=foot)
+    return document(record.key, lead, parts, foot=foot, up=up)
 
 
 # ---------------------------------------------------------------- pieces that a comparison uses too

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 VOID = frozenset({"meta", "img", "br", "link"})
 SHAPES = frozenset({"line", "rect", "circle"})  # of SVG, which know no void elements
+GENERATOR = '<meta name="generator" content="mi_at">'  # by which a page is known to be one of ours
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 # Series: Okabe and Ito's colours (2008), which colour-blind readers tell apart, darkened or lightened until they have
@@ -198,7 +199,7 @@ def anchor(title: str) -> str:
     return "-".join("".join(letter if letter.isalnum() else " " for letter in title.lower()).split())
 
 
-def document(title: str, lead: Html, sections: Mapping[str, Html], *, foot: Child = None) -> str:
+def document(title: str, lead: Html, sections: Mapping[str, Html], *, foot: Child = None, up: Child = None) -> str:
     """A whole page.
 
     Args:
@@ -206,6 +207,7 @@ def document(title: str, lead: Html, sections: Mapping[str, Html], *, foot: Chil
         lead: what stands under it.
         sections: by title, each without its heading.
         foot: the last line.
+        up: links to the pages above it; None for a page that stands alone.
 
     Returns:
         The file's text.
@@ -217,13 +219,14 @@ def document(title: str, lead: Html, sections: Mapping[str, Html], *, foot: Chil
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", name="generator", content="mi_at"),
+        tag("meta", name="generator", content="mi_at"),  # `GENERATOR`
         tag("link", rel="icon", href="data:,"),
         tag("title", title),
         tag("style", Html(style())),
     )
     body = tag(
         "body",
+        tag("nav", up, class_="up", aria_label="Where this page is") if up is not None else None,
         tag("header", tag("h1", title), lead),
         tag("nav", tag("ul", *links), aria_label="Parts of this page"),
         tag("main", *(section(name, content) for name, content in sections.items())),
@@ -259,6 +262,7 @@ pre{margin:.5rem 0;padding:.75rem;background:var(--raised);border-radius:6px;ove
 pre.command{white-space:pre-wrap;overflow-wrap:anywhere}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1rem;margin:1.25rem 0 0;padding:0;font-size:.9rem}
 nav a{display:inline-block;padding:.15rem 0}
+nav.up{font-size:.9rem;color:var(--muted)}
 footer{margin-top:3rem;border-top:1px solid var(--line);padding-top:.75rem}
 figure{margin:0 0 1rem}
 figcaption{margin:.25rem 0 .5rem;max-width:46rem}
@@ -278,7 +282,7 @@ padding:0;list-style:none}
 .facts div{display:grid;grid-template-columns:6.5rem minmax(0,1fr);align-items:baseline}
 .facts dt{font-size:.85rem;color:var(--muted)}
 .facts dd{margin:0}
-.scroll{overflow-x:auto;margin:.75rem 0;max-width:100%;overflow-wrap:normal}
+.scroll{position:relative;overflow-x:auto;margin:.75rem 0;max-width:100%;overflow-wrap:normal}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:0 0 .4rem;caption-side:top}
 caption span{display:inline-block;position:sticky;left:0;max-width:min(46rem,calc(100vw - 2rem));white-space:normal}
@@ -289,6 +293,13 @@ tbody th{font-weight:600}
 td.number,th.number{text-align:right;white-space:nowrap}
 thead th.number{white-space:normal;min-width:5rem}
 .wide td,.wide th{white-space:nowrap}
+.numbers td{text-align:right}
+.numbers td span,.numbers td a,.numbers td small{display:block;white-space:nowrap}
+.numbers th small{display:block;font-weight:400}
+.numbers tbody th{min-width:8rem;max-width:14rem}
+tr.group th{padding-top:1rem;color:var(--text)}
+.printed{color:var(--muted)}
+.unseen{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 table:not(.stacked) th:first-child{position:sticky;left:0;background:var(--ground)}
 .stacked{width:100%}
 .stacked td,.stacked th{overflow-wrap:break-word}
@@ -359,6 +370,7 @@ summary{cursor:pointer;padding:.3rem 0}
 .stacked thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .stacked tr{border-bottom:1px solid var(--line);padding:.6rem 0}
 .stacked td,.stacked th{border:0;padding:.1rem 0}
+.stacked td.number,.stacked th.number{text-align:left}
 .stacked td::before{content:attr(data-label) ": ";color:var(--muted)}
 }
 @media print{body{max-width:none}pre,.scroll{overflow:visible}nav{display:none}}

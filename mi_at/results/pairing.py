@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,9 @@ class Row:
         a, b: mean accuracies over the seeds, in [0, 1].
         difference: b - a, paired.
         p: of no difference, adjusted for the number of attacks by Holm's rule; None where there is none.
-        both_clean: accuracies of a and b, and their number of images, among those that both get right when clean;
-            None with several seeds.
+        both_clean: accuracies of a and b, and their number of images, among those that both get right when clean: at
+            the same clean accuracy, 100 %; means over the seeds. None for clean accuracy itself.
+        matched: b - a among these images, paired; None as `both_clean`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Row:
     difference: Difference
     p: float | None
     both_clean: tuple[float, float, int] | None
+    matched: Difference | None = None
 
 
 def read_side(path: str | Path) -> Side:
@@ -135,8 +137,7 @@ def compare(a: Side, b: Side) -> tuple[list[Row], list[str]]:
         raise ComparisonError("no attack was run alike on both: " + "; ".join(apart))
     known = [row for row in found if row.p is not None]
     adjusted = dict(zip([row.name for row in known], holm([row.p or 0.0 for row in known]), strict=True))
-    rows = [Row(r.name, r.n, r.a, r.b, r.difference, adjusted.get(r.name), r.both_clean) for r in found]
-    return rows, apart
+    return [replace(row, p=adjusted.get(row.name)) for row in found], apart
 
 
 def _row(a: Side, b: Side, attack: AttackRecord) -> Row:
@@ -146,16 +147,24 @@ def _row(a: Side, b: Side, attack: AttackRecord) -> Row:
     title = attack.name
     if title.startswith(UNION):
         title = f"worst of {len(attack.description['members'])} (n {n})"
-    if len(right[0]) > 1:
-        gap = paired_over_seeds(*([outcome.mean() for outcome in side] for side in right))
+    clean = [
+        [outcomes[f"{CLEAN}.prediction"][:n] == outcomes["label"][:n] for outcomes in side.outcomes] for side in (a, b)
+    ]
+    both = [one & two for one, two in zip(*clean, strict=True)]
+    gap = _gap(*right)
+    if attack.name == CLEAN or not all(images.any() for images in both):
         return Row(title, n, mean_a, mean_b, gap, gap.p, None)
-    gap = paired_over_images(right[0][0], right[1][0])
-    clean = [side.outcomes[0][f"{CLEAN}.prediction"][:n] == side.outcomes[0]["label"][:n] for side in (a, b)]
-    both = clean[0] & clean[1]
-    matched = None
-    if attack.name != CLEAN and both.any():
-        matched = (float(right[0][0][both].mean()), float(right[1][0][both].mean()), int(both.sum()))
-    return Row(title, n, mean_a, mean_b, gap, gap.p, matched)
+    chosen = [[outcome[images] for outcome, images in zip(side, both, strict=True)] for side in right]
+    at_a, at_b = (float(np.mean([outcome.mean() for outcome in side])) for side in chosen)
+    images = round(float(np.mean([images.sum() for images in both])))
+    return Row(title, n, mean_a, mean_b, gap, gap.p, (at_a, at_b, images), _gap(*chosen))
+
+
+def _gap(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Difference:
+    """Of several seeds over the seeds, of one over its images."""
+    if len(a) > 1:
+        return paired_over_seeds(*([outcome.mean() for outcome in side] for side in (a, b)))
+    return paired_over_images(a[0], b[0])
 
 
 def _runs(side: Side) -> list[tuple[Record, Mapping[str, np.ndarray]]]:

@@ -56,6 +56,7 @@ NOT_HASHED: tuple[str, ...] = (
     "keep_epochs",
     "save_every_n_steps",
     "probe",
+    "probe_ncmi",
     # where it runs: the same numbers on any number of processes (DESIGN: exceptions pass `processes`)
     "device",
     "trainer.accelerator",
@@ -76,6 +77,14 @@ OFF: Mapping[str, Any] = {
     "evaluation.robust_ncmi": False,
     "evaluation.surrogate": None,
     "evaluation.survivors": False,
+    "evaluation.outputs": False,
+    "evaluation.mutual_information": [],
+    # of namid, in either place (no other defense has an option of this name)
+    "regularizer.namid.information": "both",
+    "defense.information": "both",
+    # of trades
+    "defense.ce_view": "clean",
+    "defense.attack_objective": "kl",
     # of any attack: what its class takes where nothing is said
     "evaluation.attacks.*.restarts": 1,
     "evaluation.attacks.*.kappa": 0.0,

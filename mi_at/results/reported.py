@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 PAPERS = ("mimae", "shared_info", "namid", "ib_rar", "ncmi")
+NO_PAPER = "none"
+"""The paper of a table of our own, which nobody has printed."""
 UNITS = ("percent", "count", "s", "G", "M")
 FOLDER = Path(__file__).resolve().parents[2] / "results" / "reported"
 
@@ -67,7 +69,7 @@ COLUMNS = tuple(field.name for field in fields(Reported) if field.name != "paper
 
 
 def read_reported(paper: str, folder: Path = FOLDER) -> tuple[Reported, ...]:
-    """All printed numbers of a paper, in the order of its tables.
+    """All printed numbers of a paper, in the order of its tables; of "none" there are none.
 
     Raises:
         ReportedError: an unknown paper, a missing or damaged file; the message names what and where.
@@ -77,6 +79,8 @@ def read_reported(paper: str, folder: Path = FOLDER) -> tuple[Reported, ...]:
         >>> first.table, first.row, first.attack, first.value
         ('2', 'lambda=0.1', 'clean', 82.0)
     """
+    if paper == NO_PAPER:
+        return ()
     if paper not in PAPERS:
         raise ReportedError(f"paper={paper}: expected one of {', '.join(PAPERS)}")
     return _read(folder / f"{paper}.csv", paper)

@@ -18,6 +18,7 @@ from mi_at.results.records import RecordError, config_hash, read_record
 RECORD = "record.json"
 CONFIG = "config.json"
 LAST = "last.ckpt"
+BEST = "best.ckpt"
 TRAINED = "trained.json"
 EVALUATIONS = "evaluations"
 
@@ -105,6 +106,15 @@ class Run:
         """The checkpoint to resume from."""
         return self.folder / LAST
 
+    def checkpoint(self, select: str) -> Path:
+        """The weights that are evaluated.
+
+        Args:
+            select: "best", "last", or "auto": best where there was a validation split.
+        """
+        best = self.folder / BEST
+        return best if select == "best" or (select == "auto" and best.is_file()) else self.last
+
     def read_training(self) -> dict[str, Any]:
         """What `write_training` kept."""
         notes: dict[str, Any] = json.loads((self.folder / TRAINED).read_text())
@@ -162,6 +172,45 @@ def find_run(
             " start anew"
         )
     return Run(path, key, digest, state, record)
+
+
+def look(config: Mapping[str, Any], *, key: str, parent: Path, processes: int | None = None) -> Run:
+    """As `find_run`, without touching or refusing anything: a record that cannot be read is as none.
+
+    Args:
+        config: resolved configuration, plain values.
+        key: readable name.
+        parent: folder of run folders.
+        processes: that train, where their number can change a result.
+    """
+    whole = config_hash(config, processes=processes)
+    digest = config_hash(config, without=NOT_TRAINING, processes=processes)
+    path = parent / f"{key}-{digest}"
+    places = path / RECORD, path / EVALUATIONS / f"{config['choices']['evaluation']}-{whole}" / RECORD
+    own = next((place for place in places if _is_record_of(place, whole)), places[1])
+    return Run(path, key, digest, _state(path, own), own)
+
+
+def _is_record_of(path: Path, digest: str) -> bool:
+    try:
+        return read_record(path).config_hash == digest
+    except RecordError:
+        return False
+
+
+def is_kept(folder: str | Path) -> bool:
+    """Whether a process, this one too, keeps a run folder: it trains there or evaluates."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(handle)
+    return False
 
 
 def wait_for_others(folder: str | Path) -> None:

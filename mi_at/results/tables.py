@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mi_at.results.reported import PAPERS, Reported
+from mi_at.results.reported import NO_PAPER, PAPERS, Reported
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 PARTS = (
@@ -24,6 +24,8 @@ PARTS = (
     "more",
     "cells",
     "variants",
+    "may_differ",
+    "figure",
 )
 """What the `table` node of conf/table/<name>.yaml has."""
 TEXT = tuple(field.name for field in fields(Reported) if field.name not in ("paper", "table", "value", "std", "params"))
@@ -81,12 +83,15 @@ class Table:
 
     Attributes:
         name: that of its yaml, such as mimae_t5.
-        paper, number: of the printed numbers ("mimae", "5"); number is None where nothing of it is printed.
+        paper: of the printed numbers ("mimae"); "none" for a table of our own.
+        number: of the printed table ("5"); None where nothing of it is printed.
         title: what it shows.
         seeds: of training, each a run per cell.
         columns: the print's names of attacks -> ours, in the order they are shown.
         more: attacks of ours that are shown and that the paper has not.
         cells: by name, in order; only those that were asked for.
+        may_differ: settings in which a record may differ from its cell; it is shown in a row of its own that says so.
+        figure: name of what draws it (`mi_at.results.figures.FIGURES`); None for a table.
     """
 
     name: str
@@ -97,6 +102,8 @@ class Table:
     columns: Mapping[str, str]
     more: tuple[str, ...]
     cells: Mapping[str, Cell]
+    may_differ: tuple[str, ...] = ()
+    figure: str | None = None
 
     def numbers(self, numbers: Iterable[Reported]) -> dict[str, dict[str, Reported]]:
         """The paper's printed numbers by cell and by the print's name of the attack.
@@ -204,8 +211,9 @@ def read_table(node: Mapping[str, Any]) -> Table:
     name = str(node.get("name"))
     if unknown := sorted(set(node) - set(PARTS)):
         raise TableError(f"table {name}: unknown {', '.join(unknown)}: expected {', '.join(PARTS)}")
-    if node.get("paper") not in PAPERS:
-        raise TableError(f"table {name}: paper={node.get('paper')}: expected one of {', '.join(PAPERS)}")
+    if node.get("paper") not in (*PAPERS, NO_PAPER):
+        known = ", ".join((*PAPERS, NO_PAPER))
+        raise TableError(f"table {name}: paper={node.get('paper')}: expected one of {known}")
     seeds = node.get("seeds") or [0]
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
         raise TableError(f"table {name}: seeds={seeds}: expected whole numbers")
@@ -228,6 +236,8 @@ def read_table(node: Mapping[str, Any]) -> Table:
         columns={str(printed): str(attack) for printed, attack in (node.get("columns") or {}).items()},
         more=tuple(str(attack) for attack in node.get("more") or ()),
         cells=_chosen(name, cells, node.get("rows")),
+        may_differ=tuple(str(key) for key in node.get("may_differ") or ()),
+        figure=None if node.get("figure") is None else str(node["figure"]),
     )
 
 

@@ -179,9 +179,10 @@ def test_clipping_is_the_plain_image_clamped() -> None:
 def test_pixels_at_zero_and_one_count() -> None:
     """torch's gradient of a clamp vanishes at both ends; the network's must not."""
     x = torch.tensor([[[[1.0, 0.0, 0.0]]]], dtype=DTYPE)
-    weight = torch.tensor([[[[-1.0, 1.0, 0.0]]]], dtype=DTYPE)
-    x_adv = fwa(linear(weight), x, eps=0.25, steps=1, gamma=1e-3, bisection=30)
-    torch.testing.assert_close(x_adv, torch.tensor([[[[0.75, 0.25, 0.0]]]], dtype=DTYPE), rtol=0, atol=1e-3)
+    for toward in (1.0, 0.0):  # at 0 only the full pixel says that mass should leave it
+        weight = torch.tensor([[[[-1.0, toward, 0.0]]]], dtype=DTYPE)
+        x_adv = fwa(linear(weight), x, eps=0.25, steps=1, gamma=1e-3, bisection=30)
+        torch.testing.assert_close(x_adv, torch.tensor([[[[0.75, 0.25, 0.0]]]], dtype=DTYPE), rtol=0, atol=1e-3)
 
 
 def test_the_gap_falls() -> None:
@@ -245,22 +246,25 @@ def test_nothing_to_do() -> None:
 
 def test_what_the_record_says() -> None:
     """The budget is no radius: neither a check of the ball nor a union of attacks takes it."""
-    attack = FWA(eps="1/200", steps=40, kernel=4, overflow="none")
+    attack = FWA(eps="1/200", steps=40, kernel=4, overflow="capacity")
     said = attack.describe()
     assert said["budget"] == 0.005
     assert said["norm"] == "wasserstein"
     assert radius(said) is None
     assert not out_of_reach(said)
-    assert {"steps": 40, "kernel": 4, "overflow": "none", "gamma": 1e-3, "objective": "cross_entropy"}.items() <= (
+    assert {"steps": 40, "kernel": 4, "overflow": "capacity", "gamma": 1e-3, "objective": "cross_entropy"}.items() <= (
         said.items()
     )
     x = drawn(2, 1, 4, 4, dtype=torch.float32)
     net = small_conv(classes=4, side=4)
     y = torch.tensor([0, 1])
-    returned = attack(net, x, y, ids=y, seed=0)
-    clipped = FWA(eps=0.005, steps=40, kernel=4)(net, x, y, ids=y, seed=0)
-    assert torch.equal(returned, clipped)
-    assert float(returned.max()) <= 1
+    for overflow in ("clip", "capacity"):
+        options = {"eps": 0.5, "steps": 5, "kernel": 4, "overflow": overflow}
+        returned = FWA(**options)(net, x, y, ids=y, seed=0)
+        assert torch.equal(returned, fwa(objectives.cross_entropy(net, y), x, **options))
+        assert float(returned.max()) <= 1
+    with pytest.raises(ValueError, match=r"attack\.overflow='none': .* use clip"):
+        FWA(eps=0.005, steps=40, overflow="none")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """C&W l2, DDN, FAB, NI-FGSM and TI-DIM where the answer is known: linear and piecewise-linear models.
 
-What is not reached, and why: on several classes whose boundaries lie at other slopes a local attack may end at a
-boundary that is not the nearest one, and the direction of the cross-entropy mixes them; where the nearest class is
-that of the largest logit all of them must be within 5 %.
+Not reached as published, and the option that reaches it: on several classes whose boundaries lie at other slopes
+an attack may end at a boundary that is not the nearest one (test_nearest.py). Where the nearest class is that of the
+largest logit all of them must be within 5 %.
 """
 
 import math

@@ -79,7 +79,7 @@ def test_the_search_over_c_equals_the_literal_loop():
     net = Recorder(seed=1)
     x, y = data(net, seed=1)
     settings = {"kappa": 0.0, "steps": 8, "lr": 0.1, "shrink": 0.01}
-    for c in (1e-4, 100.0):
+    for c in (1e-2, 100.0):
         net.shown.clear()
         got = cw_l2(net, x, y, c=c, binary_search=6, **settings)
         shown = list(net.shown)

@@ -1,23 +1,29 @@
 """The representation attack: closed form, the oracle, guides by sample, the training form, contract and refusals."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mi_at.attacks.inner import InnerMaximisation
+from mi_at.attacks.inner import Inner, InnerMaximisation
 from mi_at.attacks.representation import (
     Representation,
+    RepresentationMaximisation,
     guided_by_first_half,
     representation,
     representation_attack,
     representation_lbfgs,
     towards,
 )
-from mi_at.callbacks.adversarial_examples import craft
+from mi_at.callbacks.adversarial_examples import AdversarialExamples, craft
 from mi_at.data.batch import Batch
 from mi_at.defenses.standard_at import StandardAT
 from mi_at.evaluation.evaluate import evaluate
 from mi_at.models.cnn import CNNTiny
+from mi_at.optim import SGD
+from tests.callbacks import fits
 from tests.references import representation as reference
 
 
@@ -213,6 +219,35 @@ class TestTraining:
         assert torch.equal(inner.generate(x, budget, lambda radius: torch.zeros_like(x)), x)
 
 
+def test_as_the_attack_group_it_takes_the_place_of_what_a_method_asks_for() -> None:
+    batch = fits.batches(1, 6)[0]
+    defense = StandardAT().attach(network(), optimisation=SGD(lr=0.1, epochs=1, schedule="constant"))
+    budget = RepresentationMaximisation(norm="linf", eps="10/255", step_size="5/510", steps=20)
+    trainer: Any = SimpleNamespace(current_epoch=0, num_training_batches=1)
+    AdversarialExamples(budget).on_train_batch_start(trainer, defense, batch, 0)
+    found = batch.views["adversarial"]
+    assert torch.equal(found[:3], batch.x[:3])
+    options = {"tap": "features", "eps": "10/255", "step_size": "5/510", "steps": 20, "iterate": "last"}
+    assert torch.equal(found[3:], representation_attack(defense.net.eval(), batch.x[3:], batch.x[:3], **options))
+    assert (budget.joint, InnerMaximisation.joint) == (True, False)
+
+
+def test_a_checkpoint_is_chosen_by_pgd_all_the_same() -> None:
+    defense = StandardAT().attach(network(), optimisation=SGD(lr=0.1, epochs=1, schedule="constant"))
+    views = []
+    for kind in (InnerMaximisation, RepresentationMaximisation):
+        batch = fits.batches(1, 6)[0]
+        AdversarialExamples(kind(norm="linf", eps=0.1, step_size=0.1, steps=1))._select(defense, batch)
+        views.append(batch.views)
+    assert all(torch.equal(views[0][name], views[1][name]) for name in views[0])
+
+
+def test_a_method_with_a_search_of_its_own_is_refused() -> None:
+    own = Inner(lambda x: x.flatten(1).sum(1), generate=lambda x, budget, start: x)
+    with pytest.raises(ValueError, match="a search of its own; use attack=pgd"):
+        RepresentationMaximisation(norm="linf", eps=0.1, step_size=0.1, steps=1).search_for(own, network())
+
+
 def test_refusals() -> None:
     net, x = network(), pictures(2)
     with pytest.raises(ValueError, match="tap='conv9': expected one of"):
@@ -236,3 +271,32 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Representation(**{"eps": 0.1, "steps": 2} | options)
+
+
+def test_lbfgs_keeps_to_the_range_while_it_searches() -> None:
+    """Clamping in the end is not the same: a network must not be asked about images that do not exist."""
+    seen: list[Tensor] = []
+
+    class Watched(Scaled):
+        def forward_taps(self, x: Tensor, names: object = None) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append(x.detach())
+            return super().forward_taps(x, names)
+
+    x, guides = torch.full((1, 1, 2, 2), 0.1), torch.full((1, 1, 2, 2), 5.0)
+    representation_lbfgs(Watched(), x, -guides, tap="features", eps=0.4, steps=5)
+    tried = torch.cat(seen[1:])  # the first are the guides
+    assert float(tried.min()) == 0.0
+
+
+def test_the_default_step_and_the_last_iterate_of_training() -> None:
+    assert Representation(eps=0.2, steps=20).step_size == pytest.approx(0.05)
+    net, x = Scaled(), torch.full((4, 1, 2, 2), 0.5)
+    x[:2] += 0.05  # the guides, which a step of 0.2 leaps over at every second step
+    settings = {"tap": "features", "eps": 0.3, "step_size": 0.2, "steps": 1}
+    budget = InnerMaximisation(norm="linf", eps=0.3, step_size=0.2, steps=1)
+    generate = guided_by_first_half(net, "features").generate
+    assert generate is not None
+    got = generate(x, budget, lambda radius: torch.zeros_like(x))[2:]
+    last, worst = (representation_attack(net, x[2:], x[:2], **settings, iterate=name) for name in ("last", "worst"))
+    assert torch.equal(got, last)
+    assert not torch.equal(worst, last)

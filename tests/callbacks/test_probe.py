@@ -17,6 +17,7 @@ from mi_at.callbacks.checkpoints import Last
 from mi_at.callbacks.probe import Probe
 from mi_at.callbacks.weight_averaging import EMA
 from mi_at.evaluation import evaluate
+from mi_at.metrics import NormalizedCMI
 from tests.callbacks import fits
 
 ATTACKS = {"fgsm": FGSM(eps=0.1), "pgd": PGD(eps=0.1, step_size=0.05, steps=3)}
@@ -179,3 +180,31 @@ def test_two_processes_give_the_number_of_one(tmp_path: Path, spawn: Callable[..
     assert first == second == pytest.approx({"probe/clean": 100 * result.clean.accuracy, **expected})
     assert (tmp_path / "0" / "probe.jsonl").exists()
     assert not (tmp_path / "1").exists()
+
+
+def test_ncmi_is_of_every_image_and_changes_no_accuracy(tmp_path: Path) -> None:
+    copies, found = Copies(), {}
+    for ncmi in (False, True):
+        callbacks = [Probe(ATTACKS, folder=tmp_path / str(ncmi), ncmi=ncmi), copies]
+        fits.fit(tmp_path, callbacks, epochs=1, defense=fits.module(epochs=1))
+        (found[ncmi],) = lines(tmp_path / str(ncmi))
+    (line, net) = (found[True], copies.nets[-1])
+    assert {name: line[name] for name in found[False]} == found[False]
+    batches = fits.batches(2, seed=1)
+    for name in ("clean", *ATTACKS):
+        metric = NormalizedCMI(num_classes=fits.CLASSES)
+        for batch in batches:
+            x = batch.x if name == "clean" else ATTACKS[name](net, batch.x, batch.y, ids=batch.index, seed=0)
+            metric.update(net(x).softmax(dim=1), batch.y)
+        assert line[f"{name} ncmi"] == pytest.approx(float(metric.compute()), abs=1e-5)
+    assert line["clean ncmi"] != pytest.approx(line["pgd ncmi"], abs=1e-5)
+
+
+def test_an_image_that_is_wrong_when_clean_counts_as_wrong_though_an_attack_helps_it(tmp_path: Path) -> None:
+    def helps(net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
+        return 100 * net[1].weight[y].view_as(x)  # type: ignore[index]
+
+    fits.fit(tmp_path, [Probe({"helps": helps}, folder=tmp_path, ncmi=True)], epochs=1)
+    (line,) = lines(tmp_path)
+    assert 0 < line["helps"] == line["clean"] < 100
+    assert line["helps ncmi"] < line["clean ncmi"], "the outputs themselves were taken as they are"

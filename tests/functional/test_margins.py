@@ -116,3 +116,10 @@ def test_classes_may_be_renamed():
     renamed = torch.argsort(classes)[y]
     for function in (logit_margin, cw_margin, dlr):
         torch.testing.assert_close(function(z[:, classes], renamed), function(z, y))
+
+
+def test_a_tie_is_not_yet_a_success():
+    """The first of equal logits wins: an attacker with kappa 0 must still see where to go, and stop only beyond."""
+    z = torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 1.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(cw_margin(z, torch.zeros(3, dtype=torch.int64), 0.0).sum(), z)
+    assert gradient.tolist() == [[-1.0, 1.0], [0.0, 0.0], [-1.0, 1.0]]

@@ -349,3 +349,21 @@ def test_a_step_reads_nothing_back() -> None:
     with Reads() as reads:
         run(batch(4))
     assert reads.places <= {"_mix_int", "check_images"}
+
+
+@pytest.mark.parametrize("kept", ["natural", "adversarial"])
+def test_without_one_information_the_terms_of_the_other_are_left(kept: str) -> None:
+    """NAMID, Figure 5."""
+    values, selected = estimates(6, 2), [True, True, False, True, True, False]
+    values[3].abs_()  # above the hinge
+    both = ours(values, selected, alpha=2.0, lambda_mi=0.5)
+    one = ours(values, selected, alpha=2.0, lambda_mi=0.5, information=kept)
+    assert set(one) == {f"cosine_{kept}", "information"}
+    assert torch.equal(one[f"cosine_{kept}"], both[f"cosine_{kept}"])
+    other = ours(
+        values, selected, alpha=2.0, lambda_mi=0.5, information={"natural": "adversarial"}.get(kept, "natural")
+    )
+    assert (one["information"] + other["information"]).item() == pytest.approx(both["information"].item(), abs=1e-6)
+    assert (one["information"] < 0) == (kept == "natural") or values[1].mean() < 0
+    with pytest.raises(ValueError, match="information='neither': expected one of both, natural, adversarial"):
+        Namid(information="neither")

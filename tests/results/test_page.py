@@ -524,7 +524,7 @@ def test_ticks_are_round_and_inside() -> None:
     for _ in range(200):
         low, high = sorted(rng.uniform(0, 1, 2))
         if high - low > 1e-3:
-            ticks = page_charts._ticks(low, high)
+            ticks = page_charts.ticks(low, high)
             assert 2 <= len(ticks) <= 7
             assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
             step = (ticks[1] - ticks[0]) / 10 ** np.floor(np.log10(ticks[1] - ticks[0]) + 1e-9)

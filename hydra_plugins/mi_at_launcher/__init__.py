@@ -1,0 +1,1 @@
+"""Hydra's plugin of mi_at: a launcher for a Ray cluster."""

@@ -1,0 +1,61 @@
+"""A table as a command line asks for it: its cells, and the jobs that a sweep with the same arguments would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from mi_at import io
+from mi_at.results.tables import Job, Table, TableError, key_of, read_table
+
+
+def composed(overrides: Sequence[str]) -> tuple[Table, list[Job]]:
+    """A table as a command line asks for it, and the jobs that a sweep with the same arguments would run.
+
+    Args:
+        overrides: table=<name>, and what else is typed.
+
+    Raises:
+        TableError: no table, or one that is asked for what it has not.
+        ValueError: an unknown name or key; the message names those there are.
+    """
+    if named_table(overrides) is None:
+        raise TableError(f"which table? table= one of {', '.join(table_names())}")
+    cfg, typed = compose_table(overrides)
+    table = table_of(cfg)
+    return table, table.jobs(typed, cfg.hydra.runtime.choices)
+
+
+def compose_table(overrides: Sequence[str]) -> tuple[DictConfig, list[list[str]]]:
+    """The configuration of what has one value, and all combinations of what was typed."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    cfg = hydra.compose("train", overrides=single, return_hydra_config=True)
+    return cfg, BasicSweeper.split_arguments(parsed, None)[0]
+
+
+def table_of(cfg: DictConfig) -> Table:
+    """The table of a composed configuration."""
+    node: Any = OmegaConf.to_container(cfg.table, resolve=False)  # interpolations are the job's to resolve
+    return read_table(node)
+
+
+def named_table(overrides: Sequence[str]) -> str | None:
+    """The table that is asked for; None where none is.
+
+    Example:
+        >>> named_table(["budget=short", "table=mimae_t5"]), named_table(["seed=0"])
+        ('mimae_t5', None)
+    """
+    name = next((override.partition("=")[2] for override in overrides if key_of(override) == "table"), "none")
+    return None if name == "none" else name
+
+
+def table_names() -> list[str]:
+    """Tables that there are."""
+    return [name for name in io.names_in("table") if name != "none"]

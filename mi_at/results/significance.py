@@ -1,0 +1,129 @@
+"""Which rows of a table differ from their baseline by more than the seeds do.
+
+Mean and standard deviation over seeds, differences paired over the seeds that both have, Student's t interval, Holm's
+rule over the methods of a column. Where fewer than two seeds are in common, nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mi_at.results.measured import Filled, Line, chosen
+from mi_at.results.statistics import Difference, holm, paired_over_seeds
+from mi_at.results.tables import Cell, Table
+
+Key = tuple[str, str, str, str]
+BASE = "standard_at"
+ALIKE = ("dataset", "model", "evaluation", "select")
+PRINTED_ALIKE = ("dataset", "extra_data", "model", "checkpoint", "train_norm", "threat", "surrogate")
+
+
+@dataclass(frozen=True)
+class Against:
+    """A number beside its baseline's.
+
+    Attributes:
+        baseline: the other cell's name.
+        difference: of accuracies in [-1, 1], this minus the baseline's, over the seeds in common.
+        p: of no difference, adjusted for the methods of the column.
+    """
+
+    baseline: str
+    difference: Difference
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        """What may be said: "better", "worse", or "no clear difference"."""
+        if not self.difference.clear or self.p >= 0.05:
+            return "no clear difference"
+        return "better" if self.difference.value > 0 else "worse"
+
+    @property
+    def interval(self) -> str:
+        """In points, with the 95 % interval.
+
+        Example:
+            >>> Against("trades", Difference(0.01, 0.005, 0.015, 0.01, 3), 0.01).interval
+            '+1.00 [+0.50, +1.50]'
+        """
+        value, low, high = (100 * part for part in (self.difference.value, self.difference.low, self.difference.high))
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def baseline_of(table: Table, name: str) -> str | None:
+    """The cell that another is compared with: the same without its regularizer, else standard adversarial training.
+
+    Both must be of the same data, network, evaluation and checkpoint; where several are, none is it.
+
+    Args:
+        table: with both.
+        name: of the cell.
+
+    Example:
+        >>> rows = {"at": ["defense=standard_at"], "t": ["defense=trades"]}
+        >>> rows["tn"] = [*rows["t"], "regularizer=ncmi"]
+        >>> cells = {name: Cell(name, {}, tuple(own)) for name, own in rows.items()}
+        >>> table = Table("t", "ncmi", "2", "", (0, 1), {}, (), cells)
+        >>> [baseline_of(table, name) for name in cells]
+        [None, 'at', 't']
+    """
+    cell = table.cells[name]
+    others = [other for other in table.cells.values() if other.name != name and _setting(other) == _setting(cell)]
+    bare = [other for other in others if chosen(other, "regularizer", {}) == "none"]
+    defense, added = chosen(cell, "defense", {}), chosen(cell, "regularizer", {})
+    wanted = defense if added != "none" else BASE
+    if added == "none" and defense == BASE:
+        return None
+    found = [other.name for other in bare if chosen(other, "defense", {}) == wanted]
+    return found[0] if len(found) == 1 else None
+
+
+def _setting(cell: Cell) -> tuple[Any, ...]:
+    choices = tuple(chosen(cell, group, {}) for group in ALIKE)
+    return choices + tuple(cell.printed.get(field) for field in PRINTED_ALIKE)
+
+
+def key_of_line(line: Line) -> Key:
+    """What a number is told from the others of its table by: cell, what it differs in, column, attack."""
+    return line.cell, line.unlike, line.column, line.attack
+
+
+def against(filled: Filled) -> dict[Key, Against]:
+    """What can be said of a table's numbers, by `key_of_line`.
+
+    Args:
+        filled: the table.
+    """
+    bases = {name: baseline_of(filled.table, name) for name in filled.table.cells}
+    lines = {key_of_line(line): line for line in filled.lines}
+    found: dict[Key, tuple[str, Difference]] = {}
+    for key, line in lines.items():
+        base = bases[line.cell]
+        other = lines.get((base, *key[1:])) if base is not None else None
+        if base is not None and other is not None and (gap := _gap(line, other)) is not None:
+            found[key] = (base, gap)
+    return _adjusted(found, lines)
+
+
+def _gap(line: Line, base: Line) -> Difference | None:
+    seeds = sorted(line.values.keys() & base.values.keys())
+    if len(seeds) < 2 or line.n != base.n:
+        return None
+    return paired_over_seeds(*([side.values[seed] / 100 for seed in seeds] for side in (base, line)))
+
+
+def _adjusted(found: Mapping[Key, tuple[str, Difference]], lines: Mapping[Key, Line]) -> dict[Key, Against]:
+    """Holm's rule over the methods that one attack was run on, on one data set and network."""
+    groups: dict[tuple[str, ...], list[Key]] = {}
+    for key in found:
+        line = lines[key]
+        groups.setdefault((line.column, line.attack, line.dataset, line.model), []).append(key)
+    made = {}
+    for keys in groups.values():
+        gaps = [found[key] for key in keys]
+        for key, (base, gap), p in zip(keys, gaps, holm([gap.p or 0.0 for _, gap in gaps]), strict=True):
+            made[key] = Against(base, gap, p)
+    return made

@@ -1,0 +1,214 @@
+"""A filled table as text: columns for a terminal, Markdown, LaTeX, CSV; `-` where nothing was run."""
+
+from __future__ import annotations
+
+import csv
+import io as streams
+from collections.abc import Mapping, Sequence
+
+from mi_at.results.measured import Filled, Line
+from mi_at.results.significance import Against, Key, against, key_of_line
+from mi_at.results.terminal import NOT_RUN
+
+HEADINGS = ("row", "attack", "reported", "measured (seeds)", "n", "difference", "flags", "audit")
+VERSUS = "to the baseline, points [95 %]"
+CSV = (
+    "table",
+    "cell",
+    "row",
+    "dataset",
+    "model",
+    "budget",
+    "column",
+    "attack",
+    "reported",
+    "reported_std",
+    "unit",
+    "measured",
+    "std",
+    "seeds",
+    "n",
+    "difference",
+    "flags",
+    "audit",
+    "note",
+)
+LATEX = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}"}
+Versus = Mapping[Key, Against]
+
+
+def render(filled: Filled, form: str) -> str:
+    """The table as text.
+
+    Args:
+        filled: what to show.
+        form: "terminal", "markdown", "latex" or "csv".
+
+    Returns:
+        Lines, ending with a newline.
+    """
+    if form == "csv":
+        return _csv(filled)
+    versus = against(filled)
+    headings = (*HEADINGS, VERSUS) if versus else HEADINGS
+    rows = [_cells(line, versus) for line in filled.lines]
+    listed = notes(filled)
+    if form == "latex":
+        return _latex(filled, headings, rows, listed)
+    if form == "markdown":
+        rules = ["---" if heading in ("row", "attack", "flags", "audit") else "---:" for heading in headings]
+        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (headings, rules, *rows)]
+        below = ["", *(f"- {note}" for note in listed)] if listed else []
+        return "\n".join([f"**{title(filled)}**", "", *lines, *below]) + "\n"
+    table = [headings, *_without_repetition(rows)]
+    widths = [max(len(row[place]) for row in table) for place in range(len(headings))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([title(filled), *lines, *listed]) + "\n"
+
+
+def title(filled: Filled) -> str:
+    """What the table is, with its budget where that is not the paper's."""
+    size = "" if filled.budget == "paper" else f" (budget {filled.budget}: not the size the paper ran)"
+    return f"{filled.table.title}{size}"
+
+
+def row_name(line: Line) -> str:
+    """A row as it is called here, and in print where that is another word."""
+    return line.row if line.row.startswith(line.cell) else f"{line.cell}: {line.row}"
+
+
+def attack_name(line: Line) -> str:
+    """An attack as the print calls it, and as it is called here where that is another word."""
+    return line.attack if line.column == line.attack else f"{line.column}: {line.attack}"
+
+
+def reported(line: Line) -> str:
+    """The printed number with its spread, a star where it is doubtful."""
+    number = line.reported
+    if number is None:
+        return NOT_RUN
+    value = "lost" if number.value is None else f"{number.value:.2f}"
+    spread = "" if number.std is None else f" +- {number.std:.2f}"
+    return f"{value}{spread}{'*' if number.note else ''}"
+
+
+def measured(line: Line) -> str:
+    """Mean over the seeds, their standard deviation, and how many there are."""
+    if line.mean is None:
+        return NOT_RUN
+    spread = "" if line.std is None else f" +- {line.std:.2f}"
+    return f"{line.mean:.2f}{spread} ({len(line.values)})"
+
+
+def difference(line: Line) -> str:
+    """Measured minus printed, in points."""
+    return NOT_RUN if line.difference is None else f"{line.difference:+.2f}"
+
+
+def versus_text(found: Against) -> str:
+    """A difference to the baseline, its interval, its p-value and what may be said of it."""
+    p = "p < 0.001" if found.p < 0.001 else f"p {found.p:.3f}"
+    return f"{found.interval} {p}: {found.verdict} ({found.difference.n} seeds, {found.baseline})"
+
+
+def doubts(filled: Filled) -> dict[str, list[str]]:
+    """What is doubtful in print, and of which of the table's numbers it is said."""
+    found: dict[str, list[str]] = {}
+    for line in filled.lines:
+        if line.reported is not None and line.reported.note:
+            found.setdefault(line.reported.note, []).append(f"{line.cell} {line.column}")
+    return found
+
+
+def command(filled: Filled, *further: str) -> str:
+    """What runs the table at its budget.
+
+    Args:
+        filled: the table.
+        further: arguments.
+    """
+    budget = [] if filled.budget == "paper" else [f"budget={filled.budget}"]
+    return " ".join([f"python -m mi_at.train -m table={filled.table.name}", *budget, *further])
+
+
+def notes(filled: Filled) -> list[str]:
+    """What is doubtful in the print, what nothing was run for, and which records are not shown."""
+    listed = [f"* {note} ({', '.join(places)})" for note, places in doubts(filled).items()]
+    if not any(line.values for line in filled.lines):
+        listed.append(f"nothing of this table was run at budget {filled.budget}: {command(filled)}")
+    return [*listed, *filled.aside]
+
+
+def _cells(line: Line, versus: Versus) -> tuple[str, ...]:
+    n = NOT_RUN if line.n is None else str(line.n)
+    flags, audit = " ".join(line.flags) or NOT_RUN, line.audit or NOT_RUN
+    cells = (row_name(line), attack_name(line), reported(line), measured(line), n, difference(line), flags, audit)
+    if not versus:
+        return cells
+    found = versus.get(key_of_line(line))
+    return (*cells, NOT_RUN if found is None else versus_text(found))
+
+
+def _without_repetition(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Rows in which a row's name stands once."""
+    shown: list[Sequence[str]] = []
+    last = None
+    for row in rows:
+        shown.append(["" if row[0] == last else row[0], *row[1:]])
+        last = row[0]
+    return shown
+
+
+def _latex(filled: Filled, headings: Sequence[str], rows: Sequence[Sequence[str]], listed: Sequence[str]) -> str:
+    def text(words: str) -> str:
+        return "".join(LATEX.get(sign, sign) for sign in words).replace("+-", r"$\pm$")
+
+    body = [" & ".join(text(cell) for cell in row) + r" \\" for row in _without_repetition(rows)]
+    columns = "llrrrrll" + "l" * (len(headings) - len(HEADINGS))
+    return (
+        "\n".join(
+            [
+                *(f"% {note}" for note in listed),
+                r"\begin{table}",
+                rf"\caption{{{text(title(filled))}}}",
+                rf"\begin{{tabular}}{{{columns}}}",
+                " & ".join(text(heading) for heading in headings) + r" \\ \hline",
+                *body,
+                r"\end{tabular}",
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _csv(filled: Filled) -> str:
+    """A line per number, values in full; empty where there is none."""
+    stream = streams.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(CSV)
+    for line in filled.lines:
+        number = line.reported
+        values = {
+            "table": filled.table.name,
+            "cell": line.cell,
+            "row": line.row,
+            "dataset": line.dataset,
+            "model": line.model,
+            "budget": filled.budget,
+            "column": line.column,
+            "attack": line.attack,
+            "reported": number.value if number else None,
+            "reported_std": number.std if number else None,
+            "unit": number.unit if number else "percent",
+            "measured": line.mean,
+            "std": line.std,
+            "seeds": " ".join(str(seed) for seed in line.values),
+            "n": line.n,
+            "difference": line.difference,
+            "flags": " ".join(line.flags),
+            "audit": line.audit,
+            "note": number.note if number else "",
+        }
+        writer.writerow(["" if values[name] is None else values[name] for name in CSV])
+    return stream.getvalue()

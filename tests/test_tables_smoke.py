@@ -1,0 +1,76 @@
+"""Every kind of cell runs, in seconds of budget smoke, from its command to its place in the report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mi_at import report
+from mi_at.results.tables import Cell, Table, key_of, read_table
+from tests.commands import Command
+from tests.conftest import DATA_FILES
+from tests.test_tables import DEFAULT, NAMES, written
+
+# Where torchvision finds the sets that no other test needs.
+OTHER_FILES = {"svhn": "test_32x32.mat", "tiny_imagenet": "tiny-imagenet-200/wnids.txt"}
+METHOD = ("defense", "regularizer", "callback", "attack", "dataset", "model")
+
+pytestmark = pytest.mark.slow
+
+
+def kinds() -> Iterator[tuple[Table, Cell]]:
+    """The first cell of each method with its network and data set, and of each evaluation."""
+    seen: set[tuple[str, ...]] = set()
+    for name in NAMES:
+        table = read_table(written("table", name)["table"])
+        for cell in table.cells.values():
+            chosen = {**DEFAULT, **{key_of(o): o.partition("=")[2] for o in cell.overrides}}
+            own = {tuple(chosen[group] for group in METHOD), (chosen["evaluation"],)}
+            if own - seen:
+                seen |= own
+                yield table, cell
+
+
+KINDS = {f"{table.name}-{cell.name}": (table, cell) for table, cell in kinds()}
+
+
+def data_set(cell: Cell) -> str:
+    return next((o.partition("=")[2] for o in cell.overrides if key_of(o) == "dataset"), DEFAULT["dataset"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of them run, so that a surrogate or a reference is trained once; with a few synthetic images."""
+    place = tmp_path_factory.mktemp("smoke")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (400, 32, 32, 3), dtype=np.uint8)
+    np.savez(place / "extra.npz", image=images, label=np.arange(400) % 10)
+    return place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cell_of_every_kind_runs_and_is_reported(kind: str, folder: Path) -> None:
+    table, cell = KINDS[kind]
+    root, name = Path(os.environ.get("MI_AT_DATA") or "data"), data_set(cell)
+    file = {**DATA_FILES, **OTHER_FILES}.get(name)
+    if file is not None and not (root / file).is_file():
+        pytest.skip(f"{name} is not in {root}")
+    # Narrow: a WRN-34-10 takes an hour of a core.
+    asked = [f"table={table.name}", f"table.rows=[{cell.name}]", "budget=smoke", "seed=0", "model.width=0.125"]
+    if any(key_of(o) == "dataset.extra" for o in cell.overrides):
+        asked.append(f"dataset.extra={folder / 'extra.npz'}")
+    started = time.monotonic()
+    done = Command(folder, "-m", *asked, "trainer.enable_progress_bar=false").wait(timeout=3600)
+    assert done.code == 0, done.err
+    print(f"{kind}: {time.monotonic() - started:.0f} s")
+    filled = report.report([*asked, f"runs={folder / 'runs'}"], [folder / "runs"])
+    assert filled.aside == []
+    assert filled.lines
+    empty = [line.attack for line in filled.lines if list(line.values) != [0]]
+    assert empty == []
+    assert all(0 <= value <= 100 for line in filled.lines for value in line.values.values())
