@@ -103,6 +103,7 @@ class _Estimate:
         self._counts: dict[str, tuple[Training | None, float]] = {}
         self._images: dict[str, tuple[int, int, int, str]] = {}
         self._trained: set[str] = set()
+        self._validations: dict[Any, Any] = {}
         self._speeds: dict[str, Speed] = {}
 
     def entries(self, cell: str, config: Config) -> list[Entry]:
@@ -125,7 +126,10 @@ class _Estimate:
         alike = config_hash(config, without=("seed", "dataset.seed"))
         if alike not in self._counts:
             size = size_of(config, train, validation) if train else None
-            self._counts[alike] = (_count(config, size) if size else None, _evaluation(config, test) if test else 0.0)
+            self._counts[alike] = (
+                _count(config, size, self._validations) if size else None,
+                _evaluation(config, test) if test else 0.0,
+            )
         training, evaluation = self._counts[alike]
         training_hash = config_hash(config, without=NOT_TRAINING)
         trains = training_hash not in self._trained
@@ -184,7 +188,7 @@ class _Estimate:
             where, choices = hardware(device), config["choices"]
             how = (
                 f"{choices['model']} at {flop(rate)}FLOP/s, measured now on {where.get('gpu') or where['cpu']} "
-                f"({where['threads']} threads): {steps} steps of {batch} images, {choices['defense']}"
+                f"({where['threads']} threads): {steps} step{'s' * (steps > 1)} of {batch} images, {choices['defense']}"
             )
             self._speeds[name] = Speed(rate, rate, rate, how)
         return self._speeds[name]
@@ -230,8 +234,9 @@ def _make(config: Config, *, weights: bool = False) -> Make:
     return make
 
 
-def _count(config: Config, size: Size) -> Training:
-    return count_training(_make(config), size, bf16=config["trainer"]["precision"] != "32-true")
+def _count(config: Config, size: Size, validations: dict[Any, Any] | None = None) -> Training:
+    bf16 = config["trainer"]["precision"] != "32-true"
+    return count_training(_make(config), size, bf16=bf16, validations=validations)
 
 
 def _evaluation(config: Config, test: int) -> float:

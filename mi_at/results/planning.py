@@ -398,6 +398,7 @@ def _notes(plan: Plan) -> list[str]:
         "FLOP: convolutions and matrix products, 2 per multiplication and addition; one run's, the foot all runs'",
         "training: counted in a rehearsal of its steps, validation and what epochs end with included",
         "evaluation: at most, as if every attack ran to its last step on every image",
+        "GiB: weights, gradients, optimiser, images and what a step holds; a GPU's libraries take some more",
     ]
 
 

@@ -127,13 +127,16 @@ Make = Callable[[], tuple[Defense, Sequence[Callback]]]
 """Gives a defense with its network, and the callbacks of its training, the inner maximisation first."""
 
 
-def count_training(make: Make, size: Size, *, bf16: bool = False) -> Training:
+def count_training(
+    make: Make, size: Size, *, bf16: bool = False, validations: dict[Any, tuple[Cost, int]] | None = None
+) -> Training:
     """Count a training.
 
     Args:
         make: called for every epoch that is rehearsed.
         size: how much the training does.
         bf16: whether training runs under autocast; what the attack does is its own.
+        validations: those of other trainings, of which the same need not be counted again; this one is added.
     """
     known: dict[int, _Epoch] = {}
 
@@ -157,7 +160,7 @@ def count_training(make: Make, size: Size, *, bf16: bool = False) -> Training:
     for epoch in range(size.epochs):
         costs.append(known[epoch].cost if epoch in known else costs[-1])
     final = _Rehearsal(make, size, bf16)
-    validation, at_validation = final.validation()
+    validation, at_validation = final.validation({} if validations is None else validations)
     steps = size.epochs * math.ceil(size.images / size.batch)
     readings = math.ceil(steps / final.inspect_every) if final.inspect_every else 0
     return Training(
@@ -280,18 +283,24 @@ class _Rehearsal:
         for parameter in self.defense.parameters():
             parameter.grad = None
 
-    def validation(self) -> tuple[Cost, int]:
-        """Count one validation, and the bytes it holds."""
+    def validation(self, known: dict[Any, tuple[Cost, int]]) -> tuple[Cost, int]:
+        """Count one validation, and the bytes it holds, unless one of the same rule, network and batch is known."""
         images = min(self.size.validation, self.size.eval_batch)
         if not images:
             return Cost(), 0
-        batch = self.size.images_of(images)
-        self.defense.eval()
-        with torch.no_grad(), FlopCount() as count:
-            self._examples.on_validation_batch_start(self.trainer, self.defense, batch, 0)
-            with self._autocast():
-                self.defense.validation_step(batch, 0)
-        return _cost(count) * (self.size.validation / images), count.peak
+        rule: Any = type(self.defense)
+        shapes = tuple((name, value.shape, value.dtype) for name, value in self.defense.state_dict().items())
+        key = (rule.validation_step, rule.selection_adversaries, images, self.bf16, type(self.defense.net), shapes)
+        if key not in known:
+            batch = self.size.images_of(images)
+            self.defense.eval()
+            with torch.no_grad(), FlopCount() as count:
+                self._examples.on_validation_batch_start(self.trainer, self.defense, batch, 0)
+                with self._autocast():
+                    self.defense.validation_step(batch, 0)
+            known[key] = _cost(count), count.peak
+        cost, peak = known[key]
+        return cost * (self.size.validation / images), peak
 
     def kept(self) -> int:
         """Bytes that are there between steps; gradients come and go with a step."""

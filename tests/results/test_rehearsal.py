@@ -90,6 +90,17 @@ def test_a_step(name: str) -> None:
 def test_validation_is_two_searches_and_three_forwards() -> None:
     training = count_training(made(CE), replace(SIZE, validation=50))
     assert training.validation.total == pytest.approx((2 * 20 + 3) * FORWARD * 50, rel=1e-6)
+    known: dict[Any, Any] = {}
+    for _ in range(2):
+        assert count_training(made(CE), replace(SIZE, validation=50), validations=known) == training
+    assert count_training(made(Trades), replace(SIZE, validation=25), validations=known).validation == (
+        training.validation * 0.5
+    )
+    assert len(known) == 1
+    assert count_training(made(CE), replace(SIZE, validation=10), validations=known).validation.total == pytest.approx(
+        training.validation.total / 5
+    )
+    assert len(known) == 2  # of another batch
     alone = count_training(made(CE), SIZE)
     assert training.total.total - alone.total.total == pytest.approx(4 * training.validation.total)
 
