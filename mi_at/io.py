@@ -1038,6 +1038,9 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)(reported)()
     except FailedJobError:
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept", file=sys.stderr)
+        sys.exit(130)
     except USER_ERRORS as error:
         if traced:
             raise

@@ -136,18 +136,25 @@ def test_killed_again_and_again(tmp_path: Path, uninterrupted: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "point", "saved"),
     [
+        ("INT", "train_batch_start:7", 8),
         ("TERM", "train_batch_start:7", 8),
         ("USR1", "validation_batch_start:12", 12),
         ("TERM", "train_batch_start:11", 12),
         ("TERM", "train_batch_start:17", 18),
     ],
-    ids=["SIGTERM in a step", "SIGUSR1 in validation", "SIGTERM in the last step of an epoch", "in the last step"],
+    ids=[
+        "Ctrl-C in a step",
+        "SIGTERM in a step",
+        "SIGUSR1 in validation",
+        "SIGTERM in the last step of an epoch",
+        "in the last step",
+    ],
 )
 def test_a_preempted_run_saves_and_goes_on(
     tmp_path: Path, uninterrupted: Any, name: str, point: str, saved: int
 ) -> None:
     preempted = run(tmp_path, interrupt=f"{name}:{point}")
-    assert preempted.code == 143
+    assert preempted.code == (130 if name == "INT" else 143)
     assert "preempted: saved run/last.ckpt; continue with resume=true" in preempted.out
     assert checkpoint(tmp_path, "last")["global_step"] == saved
     assert not (tmp_path / "run/record.json").exists()

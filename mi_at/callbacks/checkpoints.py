@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from mi_at.regularizers.base import TrainingRule
 
 INTERRUPTED = 143
 """Exit status after a preemption signal, with `last.ckpt` saved: 128 + SIGTERM, as shells report it."""
+BY_HAND = 130
+"""The same after Ctrl-C: 128 + SIGINT."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -146,9 +149,10 @@ class KeepEpochs(Checkpoint):
 
 
 class Preemption(Callback):
-    """On SIGTERM, SIGUSR1 or SIGUSR2 save `last.ckpt` after the step in progress and exit with status 143.
+    """On Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 save `last.ckpt` after the step in progress and exit with status 143.
 
-    Who listened before the run did is told then: submitit puts its job back into Slurm's queue.
+    After Ctrl-C the status is 130, as shells have it, and a second one ends the run at once. Who listened before the
+    run did is told then: submitit puts its job back into Slurm's queue.
 
     It leaves one hook later than it saves, so that what belongs to the step or the epoch is logged and done.
 
@@ -156,7 +160,7 @@ class Preemption(Callback):
         last: the callback whose file is written; it saves the ends of epochs itself.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, last: Last) -> None:
         self.last = last
@@ -205,6 +209,9 @@ class Preemption(Callback):
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self._received = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            print("\ninterrupted: saving after this step; once more to end at once", file=sys.stderr, flush=True)
 
     def _agreed(self, trainer: Trainer) -> bool:
         self._leaving = trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
@@ -215,10 +222,11 @@ class Preemption(Callback):
             return
         if trainer.is_global_zero:
             print(f"preempted: saved {self.last.path}; continue with resume=true", flush=True)
-        if self._received is not None and callable(tell := self._outer.get(self._received)):
+        status = INTERRUPTED if self._received != signal.SIGINT else BY_HAND
+        if self._received not in (None, signal.SIGINT) and callable(tell := self._outer.get(self._received)):
             tell(self._received, None)
         # Other ranks end quietly: Lightning kills the main process when a child fails.
-        raise SystemExit(INTERRUPTED if trainer.is_global_zero else 0)
+        raise SystemExit(status if trainer.is_global_zero else 0)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -180,7 +180,7 @@ def panels(count: int, top: float, height: float) -> list[tuple[float, float, fl
 
     Example:
         >>> [left for left, _, _, _ in panels(3, 0, 100)]
-        [38, 238.0, 38]
+        [38.0, 238.0, 38.0]
     """
     columns = 1 if count == 1 else 2
     wide, tall = WIDTH / columns, TOP + height + BOTTOM
