@@ -289,7 +289,10 @@ def _named_device(name: str, efficiency: float | None) -> Speed:
     if not 0 < share <= 1:
         raise ValueError(f"efficiency={share}: expected a share of the peak in (0, 1]")
     fp32, bf16 = values["fp32"], values["bf16"]
-    how = f"{share:.0%} of the nominal {fp32 / 1e12:g} TFLOP/s ({bf16 / 1e12:g} in bfloat16), not measured"
+    how = (
+        f"{share:.0%} of the nominal {fp32 / 1e12:g} TFLOP/s ({bf16 / 1e12:g} in bfloat16), not measured; a small "
+        "network takes longer, for launching its kernels is not counted: calibrate=true on the device itself"
+    )
     return Speed(fp32 * share, bf16 * share, fp32 * share, how)
 
 

@@ -282,6 +282,9 @@ def test_every_format_has_every_number(place: Path) -> None:
         assert "52.74" in text
         assert "54.38" in text
     assert "| TRADES | fgsm | 58.80 |" in report.render(filled, "markdown")
+    doubtful = next(each for each in filled.lines if each.reported)
+    noted = replace(doubtful, reported=replace(doubtful.reported, note="unreadable"))
+    assert "\n- \\* unreadable (" in report.render(replace(filled, lines=[noted]), "markdown")
     assert r"pgd20: pgd\_20 & 52.74 &" in report.render(filled, "latex")
     rows = list(csv.DictReader(StringIO(report.render(filled, "csv"))))
     assert len(rows) == len(filled.lines) == 9

@@ -58,7 +58,8 @@ def render(filled: Filled, form: str) -> str:
     if form == "markdown":
         rules = ["---" if heading in ("row", "attack", "flags", "audit") else "---:" for heading in headings]
         lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (headings, rules, *rows)]
-        below = ["", *(f"- {note}" for note in listed)] if listed else []
+        # A bare asterisk would begin a list in the list.
+        below = ["", *(f"- {note}".replace("- * ", "- \\* ", 1) for note in listed)] if listed else []
         return "\n".join([f"**{title(filled)}**", "", *lines, *below]) + "\n"
     table = [headings, *_without_repetition(rows)]
     widths = [max(len(row[place]) for row in table) for place in range(len(headings))]
