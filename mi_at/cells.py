@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mi_at import io
+from mi_at.results.reported import FOLDER
 from mi_at.results.tables import Job, Table, TableError, key_of, read_table
+
+MEASURED = FOLDER.parent / "measured"
+"""Records of real runs that the project keeps."""
+Item = TypeVar("Item")
+
+
+def split_arguments(
+    given: Sequence[str], own: Mapping[str, str], *, measured: Path = MEASURED
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """What a command line says to the command itself, and what to Hydra.
+
+    Args:
+        given: "key=value" each.
+        own: the command's own options and their defaults, `records` among them: other folders of records.
+        measured: searched beside the folder of the runs where none is typed.
+
+    Returns:
+        The own options, the overrides, and the folders that hold records.
+
+    Example:
+        >>> split_arguments(["seed=0", "format=csv", "records=[a,b]"], {"format": "terminal", "records": ""})
+        ({'format': 'csv', 'records': '[a,b]'}, ['seed=0'], ['a', 'b'])
+    """
+    options, overrides = dict(own), []
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if key in own and equals:
+            options[key] = value
+        else:
+            overrides.append(argument)
+    runs = next((o.partition("=")[2] for o in overrides if key_of(o) == "runs"), "runs")
+    folders = [part.strip() for part in options["records"].strip("[]").split(",") if part.strip()]
+    return options, overrides, folders or [runs, str(measured)]
+
+
+def bar(items: Collection[Item], what: str) -> Iterable[Item]:
+    """The items, with a bar on standard error where that is a terminal."""
+    shown: Iterable[Item] = tqdm(items, desc=what, disable=None, leave=False)
+    return shown
 
 
 def composed(overrides: Sequence[str]) -> tuple[Table, list[Job]]:

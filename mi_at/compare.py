@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from mi_at.results.pairing import ComparisonError, Row, Side, compare, differences, read_side, term_shares
 from mi_at.results.records import RecordError
-from mi_at.results.statistics import Difference
-from mi_at.results.terminal import NOT_RUN
+from mi_at.results.statistics import p_text
+from mi_at.results.terminal import NOT_RUN, columns, markdown_row
 
 HEADINGS = (
     "attack",
@@ -70,14 +70,10 @@ def _cells(row: Row) -> tuple[str, ...]:
     matched, there = NOT_RUN, NOT_RUN
     if row.both_clean and row.matched:
         first, second, n = row.both_clean
-        matched, there = f"{100 * first:.2f}, {100 * second:.2f} ({n})", _points(row.matched)
-    p = NOT_RUN if row.p is None else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
+        matched, there = f"{100 * first:.2f}, {100 * second:.2f} ({n})", row.matched.points
+    p = NOT_RUN if row.p is None else p_text(row.p)
     accuracies = f"{100 * row.a:.2f}", f"{100 * row.b:.2f}"
-    return (row.name, str(row.n), *accuracies, _points(row.difference), p, matched, there, verdict(row))
-
-
-def _points(gap: Difference) -> str:
-    return f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
+    return (row.name, str(row.n), *accuracies, row.difference.points, p, matched, there, verdict(row))
 
 
 def verdict(row: Row) -> str:
@@ -121,11 +117,8 @@ def _terms(side: Side) -> list[tuple[str, str, str]]:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
     if markdown:
-        cells = [headings, ["---"] * len(headings), *rows]
-        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
-    table = [headings, *rows]
-    widths = [max(len(row[place]) for row in table) for place in range(len(headings))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        return [markdown_row(row) for row in (headings, ["---"] * len(headings), *rows)]
+    return columns([headings, *rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

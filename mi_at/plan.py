@@ -26,7 +26,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mi_at import cells, checks, io, stages
 from mi_at.attacks.inner import InnerMaximisation
@@ -38,11 +37,9 @@ from mi_at.results.measured import Found, find_records
 from mi_at.results.planning import FORMATS, GIB, OFFICIAL, Entry, Plan, Speed, Standing, flop, render, size_of, standing
 from mi_at.results.records import config_hash, hardware, run_key
 from mi_at.results.rehearsal import Make, Size, Training, count_forward, count_training, time_step
-from mi_at.results.reported import FOLDER
 from mi_at.results.runs import CONFIG, NOT_TRAINING
-from mi_at.results.tables import Job, TableError, key_of
+from mi_at.results.tables import Job, TableError
 
-MEASURED = FOLDER.parent / "measured"
 SPEED = "speed/images_per_second"
 OPTIONS = (
     f"format= {' | '.join(FORMATS)}; device=<name>, efficiency=<share of its peak>; calibrate=true; "
@@ -82,12 +79,12 @@ def plan(
     with io.composing():
         table, jobs = cells.composed(overrides)
         first: dict[str, Config] = {}
-        for job in _bar(jobs, "runs"):
+        for job in cells.bar(jobs, "runs"):
             if job.cell not in first:
                 first[job.cell] = _configuration(job)
-            entries += estimate.entries(job.cell, _with_seed(first[job.cell], _seed(job)))
+            entries += estimate.entries(job.cell, _with_seed(first[job.cell], job.seed))
     speed_of = (lambda config: named) if named else estimate.measured if calibrate else estimate.remembered()
-    entries = [replace(entry, speed=speed_of(estimate.configs[entry.run])) for entry in _bar(entries, "hours")]
+    entries = [replace(entry, speed=speed_of(estimate.configs[entry.run])) for entry in cells.bar(entries, "hours")]
     budget = str(next(iter(first.values()))["budget"])
     title = f"{table.title} (budget {budget})"
     memory = _read_devices()[device]["memory_gib"] * GIB if device else None
@@ -339,31 +336,14 @@ def _with_seed(config: Config, seed: int) -> Config:
     return other | {"seed": seed}
 
 
-def _seed(job: Job) -> int:
-    return int(next(part for part in job.overrides if key_of(part) == "seed").partition("=")[2])
-
-
-def _bar(items: Sequence[Any], what: str) -> Any:
-    """The items, with a bar on standard error where that is a terminal."""
-    return tqdm(items, desc=what, disable=None, leave=False)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(given):
         print(f"{__doc__}\n{OPTIONS}")
         return
-    own = {"format": "terminal", "records": "", "device": "", "efficiency": "", "calibrate": "false"}
-    overrides = []
-    for argument in given:
-        key, equals, value = argument.partition("=")
-        if key in own and equals:
-            own[key] = value
-        else:
-            overrides.append(argument)
-    runs = next((o.partition("=")[2] for o in overrides if key_of(o) == "runs"), "runs")
-    folders = [part.strip() for part in own["records"].strip("[]").split(",") if part.strip()]
+    options = {"format": "terminal", "records": "", "device": "", "efficiency": "", "calibrate": "false"}
+    own, overrides, folders = cells.split_arguments(given, options)
     io.quiet()
     try:
         if own["format"] not in FORMATS:
@@ -374,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"efficiency={own['efficiency']}: of which device? give device= too")
         made = plan(
             overrides,
-            folders or [runs, MEASURED],
+            folders,
             device=own["device"] or None,
             efficiency=float(own["efficiency"]) if own["efficiency"] else None,
             calibrate=own["calibrate"] == "true",

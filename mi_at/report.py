@@ -8,30 +8,26 @@ With format=html a folder of pages is written, out=site by default, of that tabl
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mi_at import checks, io, stages
-from mi_at.cells import compose_table, named_table, table_names, table_of
+from mi_at.cells import MEASURED, bar, compose_table, named_table, split_arguments, table_names, table_of
 from mi_at.evaluation.outcomes import CLEAN
 from mi_at.results.figures import draw
 from mi_at.results.measured import WITHIN, Filled, Found, Planned, fill, find_records, may_have, worst_of
-from mi_at.results.reported import FOLDER, ReportedError, read_reported
+from mi_at.results.reported import ReportedError, read_reported
 from mi_at.results.site import check_place, write_site
 from mi_at.results.table_text import render
 from mi_at.results.tables import Job, Table, TableError, key_of
 
 FORMATS = ("terminal", "markdown", "latex", "csv", "html", "svg")
-MEASURED = FOLDER.parent / "measured"
-Item = TypeVar("Item")
 OF_ALL_TABLES = ("budget", "seed", "runs", "hydra.searchpath")
 
 
@@ -68,7 +64,7 @@ def _asked(table: Table, overrides: Sequence[str], cfg: DictConfig, typed: Seque
     first = {job.cell: job for job in reversed(jobs)}
     if len({tuple(part for part in job.overrides if key_of(part) != "seed") for job in jobs}) > len(first):
         raise TableError("a report shows one value of each option: only seed= may have several")
-    seeds = tuple(sorted({_seed(job) for job in jobs})) if "seed" in map(key_of, overrides) else None
+    seeds = tuple(sorted({job.seed for job in jobs})) if "seed" in map(key_of, overrides) else None
     return Asked(table, first, seeds, str(cfg.budget), dict(cfg.hydra.runtime.choices))
 
 
@@ -112,7 +108,7 @@ def report(overrides: Sequence[str], folders: Sequence[str | Path]) -> Filled:
         asked = _asked(table_of(cfg), overrides, cfg, typed)
         # The first cell always, so that what was typed is checked.
         cells = dict.fromkeys([next(iter(asked.table.cells)), *asked.cells(found)])
-        planned = {cell: plan_of(asked.jobs[cell]) for cell in _bar(cells, "cells with records")}
+        planned = {cell: plan_of(asked.jobs[cell]) for cell in bar(cells, "cells with records")}
     filled = asked.filled(planned, found)
     filled.aside += damaged
     return filled
@@ -144,7 +140,7 @@ def reports(overrides: Sequence[str], found: Sequence[Found]) -> list[Filled]:
             wanted += [_asked(table, kept, cfg, typed) for table in tables]
         cells = [(place, cell) for place, asked in enumerate(wanted) for cell in asked.cells(found)]
         planned: list[dict[str, Planned]] = [{} for _ in wanted]
-        for place, cell in _bar(cells, "cells with records"):
+        for place, cell in bar(cells, "cells with records"):
             planned[place][cell] = plan_of(wanted[place].jobs[cell])
     filled = [asked.filled(plans, found) for asked, plans in zip(wanted, planned, strict=True)]
     first = filled[0].budget
@@ -154,17 +150,7 @@ def reports(overrides: Sequence[str], found: Sequence[Found]) -> list[Filled]:
 def _all_tables(overrides: Sequence[str]) -> list[Table]:
     """Every table, without conf/train.yaml, which takes four times as long and adds nothing to the node."""
     path = [override for override in overrides if key_of(override) == "hydra.searchpath"]
-    return [table_of(hydra.compose(f"table/{name}", overrides=path)) for name in _bar(table_names(), "tables")]
-
-
-def _bar(items: Collection[Item], what: str) -> Iterable[Item]:
-    """The items, with a bar on standard error where that is a terminal."""
-    shown: Iterable[Item] = tqdm(items, desc=what, disable=None, leave=False)
-    return shown
-
-
-def _seed(job: Job) -> int:
-    return int(next(part for part in job.overrides if key_of(part) == "seed").partition("=")[2])
+    return [table_of(hydra.compose(f"table/{name}", overrides=path)) for name in bar(table_names(), "tables")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -173,17 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(given):
         print(f"{__doc__}\nformat= {' | '.join(FORMATS)}; records=[folder,...] for other folders of records.")
         return
-    own = {"format": "terminal", "records": "", "out": ""}
-    overrides = []
-    for argument in given:
-        key, equals, value = argument.partition("=")
-        if key in own and equals:
-            own[key] = value
-        else:
-            overrides.append(argument)
-    runs = next((o.partition("=")[2] for o in overrides if key_of(o) == "runs"), "runs")
-    folders = [part.strip() for part in own["records"].strip("[]").split(",") if part.strip()]
-    folders = folders or [runs, str(_near(MEASURED))]
+    own, overrides, folders = split_arguments(
+        given, {"format": "terminal", "records": "", "out": ""}, measured=_near(MEASURED)
+    )
     try:
         if own["format"] not in FORMATS:
             raise TableError(f"format={own['format']}: expected one of {', '.join(FORMATS)}")

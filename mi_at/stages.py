@@ -32,7 +32,7 @@ from mi_at.defenses.mi_estimators import MIEstimators
 from mi_at.defenses.standard_at import StandardAT
 from mi_at.evaluation.outcomes import CLEAN
 from mi_at.regularizers.namid import AUTO, Namid
-from mi_at.results.records import RecordError, config_hash, read_record, run_key
+from mi_at.results.records import RecordError, config_hash, flat, read_record, run_key
 from mi_at.results.runs import NOT_TRAINING, RECORD, TRAINED, find_run
 from mi_at.results.runs import Run as RunFolder
 
@@ -333,17 +333,9 @@ def _surrogate_overrides(config: Mapping[str, Any]) -> list[str]:
         "runs": config.get("runs", "runs"),
         "trainer.devices": 1,
         **machine,
-        **_dotted(own),
+        **{key: value for key, value in flat(own).items() if value != {}},
     }
     return [f"{key}={_typed(value)}" for key, value in values.items()]
-
-
-def _dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} as {"optim.lr": 1}."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        found |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 @functools.cache

@@ -68,8 +68,7 @@ class CellsSweeper(BasicSweeper):
         if failed:
             print(f"\n{len(failed)} of {len(jobs)} runs of table {table.name} failed:", file=sys.stderr)
         for job, result in failed:
-            seed = next(part for part in job.overrides if part.startswith("seed="))
-            print(f"  {job.cell} {seed}: {why(result)}", file=sys.stderr)
+            print(f"  {job.cell} seed={job.seed}: {why(result)}", file=sys.stderr)
         if failed:
             raise FailedJobError
         return results

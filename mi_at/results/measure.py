@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -177,9 +178,10 @@ def assess(
         state=state,
         keep_images=[name for name in dict.fromkeys([*of, *estimated, *shown]) if name != CLEAN],
     )
+    samples = functools.cache(lambda: first_samples(data, len(result.label)))
     information: dict[str, Any] = {}
     if of or settings.get("robust_ncmi"):
-        x, y, _ = first_samples(data, len(result.label))
+        x, y, _ = samples()
         information = full_set_information(
             net,
             x,
@@ -190,14 +192,14 @@ def assess(
             batch_size=result.batch_size,
         )
     if estimated:
-        x, _, _ = first_samples(data, len(result.label))
+        x, _, _ = samples()
         information["mutual_information"] = {
             name: mutual_information(net, critics or {}, x[: len(result.images[name])], result.images[name])
             for name in estimated
         }
     audited: dict[str, Any] = {}
     if settings.get("audit"):
-        x, y, ids = first_samples(data, len(result.label))
+        x, y, ids = samples()
         audited = audit(
             net,
             x,

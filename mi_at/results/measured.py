@@ -20,6 +20,7 @@ from mi_at.results.records import (
     Record,
     RecordError,
     config_hash,
+    flat,
     hashed_part,
     read_record,
     run_key,
@@ -390,7 +391,7 @@ def _unlike(row: AttackRecord | None, attack: str, plan: Planned, record: Record
             return f"{setting} {getattr(row, setting)}, the column's is {expected.get(setting)}"
     everything = evaluation["n"] or record[CLEAN].n
     asked = [evaluation["n_of"].get(name.removesuffix(WITHIN)) for name in expected.get("members", [attack])]
-    n = min(everything, *(count for count in asked if count is not None), everything)
+    n = min([everything, *(count for count in asked if count is not None)])
     if row.n != n:
         return f"n {row.n}, the column's is {n}"
     return None
@@ -447,16 +448,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple
         >>> differences({"optim": {"lr": 0.1}, "runs": "a"}, {"optim": {"lr": 0.2}, "runs": "b", "seed": 0})
         [('optim.lr', 0.1, 0.2), ('seed', '-', 0)]
     """
-    one, two = _flat(hashed_part(there)), _flat(hashed_part(here))
+    one, two = flat(hashed_part(there)), flat(hashed_part(here))
     pairs = [(key, one.get(key, "-"), two.get(key, "-")) for key in sorted(one.keys() | two.keys())]
     return [pair for pair in pairs if config_hash({"value": pair[1]}) != config_hash({"value": pair[2]})]
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return found
 
 
 def _never_mix_n(filled: Filled) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mi_at.evaluation.outcomes import CLEAN
-from mi_at.results.records import AttackRecord, Record, config_hash, read_outcomes, read_record
+from mi_at.results.records import AttackRecord, Record, config_hash, flat, read_outcomes, read_record
 from mi_at.results.statistics import Difference, holm, paired_over_images, paired_over_seeds
 
 RECORD = "record.json"
@@ -185,20 +185,9 @@ def _right(record: Record, outcomes: Mapping[str, np.ndarray], attack: AttackRec
 
 def differences(a: Record, b: Record) -> list[tuple[str, Any, Any]]:
     """Keys of the configurations that differ, with both values; `-` where one has no such key."""
-    flat = [_flat(record.config) for record in (a, b)]
-    keys = sorted(flat[0].keys() | flat[1].keys())
-    rows = [(key, flat[0].get(key, "-"), flat[1].get(key, "-")) for key in keys]
+    one, two = flat(a.config), flat(b.config)
+    rows = [(key, one.get(key, "-"), two.get(key, "-")) for key in sorted(one.keys() | two.keys())]
     return [row for row in rows if row[1] != row[2]]
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def term_shares(records: Sequence[Record]) -> dict[str, tuple[float, float | None]]:

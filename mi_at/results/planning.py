@@ -14,7 +14,7 @@ from mi_at.results.measured import Found
 from mi_at.results.records import config_hash
 from mi_at.results.rehearsal import Cost, Size, Training
 from mi_at.results.runs import is_kept, look
-from mi_at.results.terminal import NOT_RUN
+from mi_at.results.terminal import NOT_RUN, columns, markdown_row
 
 FORMATS = ("terminal", "markdown", "csv")
 HEADINGS = (
@@ -274,18 +274,11 @@ def render(plan: Plan, form: str) -> str:
     notes = [*plan.notes, *_notes(plan)]
     if form == "markdown":
         table = [HEADINGS, ["---", "---", *["---:"] * (len(HEADINGS) - 2)], *rows, *totals]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+        lines = [markdown_row(row) for row in table]
         return "\n".join([f"**{plan.title}**", "", *lines, "", *(f"- {note}" for note in notes)]) + "\n"
-    table = [HEADINGS, *rows, *totals]
-    widths = [max(len(row[place]) for row in table) for place in range(len(HEADINGS))]
-
-    def line(row: Sequence[str]) -> str:
-        both = zip(row, widths, strict=True)
-        return "  ".join(v.ljust(w) if place < 2 else v.rjust(w) for place, (v, w) in enumerate(both)).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    body = [line(HEADINGS), *map(line, rows), rule, *map(line, totals)]
-    return "\n".join([plan.title, *body, *notes]) + "\n"
+    lines = columns([HEADINGS, *rows, *totals], right=range(2, len(HEADINGS)))
+    rule = "-" * len(lines[0])
+    return "\n".join([plan.title, *lines[: -len(totals)], rule, *lines[-len(totals) :], *notes]) + "\n"
 
 
 def flop(value: float) -> str:

@@ -361,6 +361,19 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = (), proce
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by their whole keys; an empty section is a value.
+
+    Example:
+        >>> flat({"optim": {"lr": 0.1, "extra": {}}, "seed": 0})
+        {'optim.lr': 0.1, 'optim.extra': {}, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
 def hashed_part(config: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration without the keys that cannot change a number; empty sections stay."""
     left_out = {*NOT_HASHED, *without}

@@ -41,17 +41,6 @@ class Against:
             return "no clear difference"
         return "better" if self.difference.value > 0 else "worse"
 
-    @property
-    def interval(self) -> str:
-        """In points, with the 95 % interval.
-
-        Example:
-            >>> Against("trades", Difference(0.01, 0.005, 0.015, 0.01, 3), 0.01).interval
-            '+1.00 [+0.50, +1.50]'
-        """
-        value, low, high = (100 * part for part in (self.difference.value, self.difference.low, self.difference.high))
-        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-
 
 def baseline_of(table: Table, name: str) -> str | None:
     """The cell that another is compared with: the same without its regularizer, else standard adversarial training.

@@ -12,7 +12,7 @@ from mi_at.results.page_evaluation import badge, not_run, percent
 from mi_at.results.page_html import Child, Html, document, join, table, tag
 from mi_at.results.reported import NO_PAPER, PAPERS, read_reported, tables_of
 from mi_at.results.site_pages import Site, link
-from mi_at.results.site_tables import counts, sources
+from mi_at.results.site_tables import counts
 from mi_at.results.terminal import NOT_RUN
 
 TITLES = {
@@ -141,7 +141,7 @@ def _run(site: Site, found: Found) -> list[Child]:
     clean = next((row for row in record.attacks if row.name == CLEAN), None)
     strong = page_data.strongest(record)
     said = page_data.verdict(record)
-    tables = [filled for filled in site.tables if found.path in sources(filled)]
+    tables = {site.table(filled): filled.table.name for filled, _ in site.places.get(found.path, ())}
     return [
         link(record.key, site.runs[found.path]),
         record.budget,
@@ -150,6 +150,6 @@ def _run(site: Site, found: Found) -> list[Child]:
         NOT_RUN if strong is None else percent(strong.correct, strong.n),
         NOT_RUN if strong is None else f"{strong.n:,}",
         NOT_RUN if said is None else badge(said),
-        join([link(filled.table.name, site.table(filled)) for filled in tables], ", ") if tables else NOT_RUN,
+        join([link(name, page) for page, name in tables.items()], ", ") if tables else NOT_RUN,
         record.date[:10],
     ]

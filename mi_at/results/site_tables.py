@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from mi_at.results.figures import FigureError, draw
 from mi_at.results.measured import Filled, Line
@@ -11,8 +10,8 @@ from mi_at.results.page_evaluation import badge, not_run
 from mi_at.results.page_html import Child, Html, document, join, table, tag
 from mi_at.results.significance import Against, Key, against, key_of_line
 from mi_at.results.site_pages import Site, link, way
-from mi_at.results.statistics import mean_interval
-from mi_at.results.table_text import attack_name, command, difference, doubts, reported, row_name
+from mi_at.results.statistics import mean_interval, p_text
+from mi_at.results.table_text import attack_name, command, difference, doubts, measured, reported, row_name
 from mi_at.results.terminal import NOT_RUN
 
 LEGEND = (
@@ -159,7 +158,6 @@ def _numbers(site: Site, filled: Filled) -> Html:
 
 
 def _row(site: Site, line: Line) -> list[Child]:
-    spread = "" if line.std is None else f" ± {line.std:.2f}"
     links = [
         link(str(seed), site.runs[path], under=True) if path in site.runs else tag("span", seed)
         for seed, path in sorted(line.sources.items())
@@ -168,7 +166,7 @@ def _row(site: Site, line: Line) -> list[Child]:
         row_name(line) if line.unlike else line.cell,
         attack_name(line),
         _sign(reported(line)),
-        f"{line.mean:.2f}{spread} ({len(line.values)})",
+        _sign(measured(line)),
         _interval(line.values.values()),
         NOT_RUN if line.n is None else f"{line.n:,}",
         difference(line),
@@ -192,10 +190,10 @@ def _against(versus: Mapping[Key, Against], lines: Sequence[Line]) -> Html:
     for line in lines:
         found = versus.get(key_of_line(line))
         if found is not None:
-            p = "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
+            p, gap = p_text(found.p), found.difference.points
             seeds = str(found.difference.n)
             name = row_name(line) if line.unlike else line.cell
-            rows.append([name, attack_name(line), found.baseline, found.interval, seeds, p, found.verdict])
+            rows.append([name, attack_name(line), found.baseline, gap, seeds, p, found.verdict])
     headings = ["row", "attack", "baseline", "difference, points [95 %]", "seeds", "p (Holm)", "what may be said"]
     note = (
         "This row minus its baseline, paired over the seeds that both have: Student's t interval, Holm's rule over the "
@@ -244,8 +242,3 @@ def _commands(filled: Filled) -> Html:
         ("This table in a terminal:", f"python -m mi_at.report table={filled.table.name}{budget}"),
     ]
     return join([join([tag("p", words), tag("pre", line, class_="command")]) for words, line in lines])
-
-
-def sources(filled: Filled) -> set[Path]:
-    """Paths of the records that stand in a table."""
-    return {path for line in filled.lines for path in line.sources.values()}

@@ -34,6 +34,26 @@ class Difference:
         """Whether the interval leaves 0 out."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def points(self) -> str:
+        """In points, with the 95 % interval.
+
+        Example:
+            >>> Difference(0.01, 0.005, 0.015, 0.01, 3).points
+            '+1.00 [+0.50, +1.50]'
+        """
+        return f"{100 * self.value:+.2f} [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
+
+
+def p_text(p: float) -> str:
+    """A p-value as it is printed.
+
+    Example:
+        >>> p_text(0.0002), p_text(0.0421)
+        ('< 0.001', '0.042')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
 
 def paired_over_images(a: np.ndarray, b: np.ndarray) -> Difference:
     """The difference on the same images, its standard error from the images where the two differ.

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from mi_at.results.measured import Filled, Line
 from mi_at.results.significance import Against, Key, against, key_of_line
-from mi_at.results.terminal import NOT_RUN
+from mi_at.results.statistics import p_text
+from mi_at.results.terminal import NOT_RUN, columns, markdown_row
 
 HEADINGS = ("row", "attack", "reported", "measured (seeds)", "n", "difference", "flags", "audit")
 VERSUS = "to the baseline, points [95 %]"
@@ -57,13 +58,11 @@ def render(filled: Filled, form: str) -> str:
         return _latex(filled, headings, rows, listed)
     if form == "markdown":
         rules = ["---" if heading in ("row", "attack", "flags", "audit") else "---:" for heading in headings]
-        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (headings, rules, *rows)]
+        lines = [markdown_row(row) for row in (headings, rules, *rows)]
         # A bare asterisk would begin a list in the list.
         below = ["", *(f"- {note}".replace("- * ", "- \\* ", 1) for note in listed)] if listed else []
         return "\n".join([f"**{title(filled)}**", "", *lines, *below]) + "\n"
-    table = [headings, *_without_repetition(rows)]
-    widths = [max(len(row[place]) for row in table) for place in range(len(headings))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = columns([headings, *_without_repetition(rows)])
     return "\n".join([title(filled), *lines, *listed]) + "\n"
 
 
@@ -108,8 +107,9 @@ def difference(line: Line) -> str:
 
 def versus_text(found: Against) -> str:
     """A difference to the baseline, its interval, its p-value and what may be said of it."""
-    p = "p < 0.001" if found.p < 0.001 else f"p {found.p:.3f}"
-    return f"{found.interval} {p}: {found.verdict} ({found.difference.n} seeds, {found.baseline})"
+    return (
+        f"{found.difference.points} p {p_text(found.p)}: {found.verdict} ({found.difference.n} seeds, {found.baseline})"
+    )
 
 
 def doubts(filled: Filled) -> dict[str, list[str]]:

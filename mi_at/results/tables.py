@@ -76,6 +76,11 @@ class Job:
     cell: str
     overrides: tuple[str, ...]
 
+    @property
+    def seed(self) -> int:
+        """Of its training."""
+        return int(next(part for part in self.overrides if key_of(part) == "seed").partition("=")[2])
+
 
 @dataclass(frozen=True)
 class Table:

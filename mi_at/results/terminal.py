@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TextIO
 
 from mi_at.evaluation.intervals import wilson
@@ -34,8 +34,9 @@ def print_table(record: Record, *, stream: TextIO | None = None) -> None:
         f"{row.name}: {row.messages[flag]}" for row in record.attacks for flag in row.flags if flag in row.messages
     ]
     notes += audit_lines(record)
+    right = [place for place, heading in enumerate(HEADINGS) if heading in _RIGHT]
     if not (stream.isatty() and _print_rich(title, rows, notes, stream)):
-        stream.write("\n".join([title, *_columns(rows), *notes]) + "\n")
+        stream.write("\n".join([title, *columns([HEADINGS, *rows], right), *notes]) + "\n")
     stream.flush()
 
 
@@ -109,12 +110,12 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
     audited = any(record.audit for record in records)
     titles = [first, *(_column_title(heading, name, cells[name]) for name, heading in headings.items())]
     lines = [
-        _markdown([*titles, *(["audit"] if audited else [])]),
-        _markdown(["---", *("---:" for _ in headings), *(["---"] if audited else [])]),
+        markdown_row([*titles, *(["audit"] if audited else [])]),
+        markdown_row(["---", *("---:" for _ in headings), *(["---"] if audited else [])]),
     ]
     for place, record in enumerate(records):
         verdict = [str(record.audit.get("verdict", NOT_RUN))] if audited else []
-        lines.append(_markdown([f"`{record.key}`", *(_cell(cells[name][place]) for name in headings), *verdict]))
+        lines.append(markdown_row([f"`{record.key}`", *(_cell(cells[name][place]) for name in headings), *verdict]))
     return "\n".join(lines) + "\n"
 
 
@@ -177,17 +178,32 @@ def _column_title(heading: str, name: str, rows: Sequence[AttackRecord | None]) 
     return f"{heading} ({eps}n {row.n})"
 
 
-def _markdown(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table.
+
+    Example:
+        >>> markdown_row(["clean", "98.70"])
+        '| clean | 98.70 |'
+    """
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    table = [HEADINGS, *rows]
-    widths = [max(len(row[place]) for row in table) for place in range(len(HEADINGS))]
+def columns(table: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Rows of text under each other.
+
+    Args:
+        table: rows of cells, the headings among them.
+        right: places of the columns that are set to the right.
+
+    Example:
+        >>> columns([["a", "n"], ["bc", "10"]], right=[1])
+        ['a    n', 'bc  10']
+    """
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if heading in _RIGHT else cell.ljust(width)
-            for cell, width, heading in zip(row, widths, HEADINGS, strict=True)
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in table
     ]

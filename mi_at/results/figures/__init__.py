@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from mi_at.results.figures import bars, canvas, clouds, curves, pictures
 from mi_at.results.figures.readings import Drawing, FigureError
 from mi_at.results.measured import Filled
+from mi_at.results.table_text import command
 
 Plot = Callable[[Filled], Drawing]
 
@@ -58,8 +59,7 @@ def draw(filled: Filled) -> str:
         )
     if table.figure not in FIGURES:
         raise FigureError(f"table {table.name}: figure={table.figure}: expected one of {', '.join(FIGURES)}")
-    run = f"python -m mi_at.train -m table={table.name}"
-    run += "" if filled.budget == "paper" else f" budget={filled.budget}"
+    run = command(filled)
     drawn = FIGURES[table.figure](filled)
     if not drawn.height:
         why = "".join(f"\n  {sentence}" for sentence in drawn.missing)
