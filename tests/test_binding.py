@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,24 @@ def test_states_that_do_not_fit_are_named(run: Path, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "last.ckpt")
     with pytest.raises(io.CheckpointError, match=rf"does not fit its own defense SharedInfo: missing: {centroids}"):
         io.load_defense(tmp_path / "last.ckpt")
+
+
+def test_raw_weights_beside_their_average_are_a_version_for_the_audit(run: Path, tmp_path: Path) -> None:
+    """Training went on with them; what is served is the average."""
+    averaged = ("callback=ema", "callback.ema.decay=0.5", "defense=ib_rar", "evaluation=audit")
+    done = command(tmp_path, *tiny("run_dir=.", *averaged, "evaluation.audit.queries=20"))
+    assert done.code == 0, done.err
+    path = tmp_path / "last.ckpt"
+    raw, state = io.load_raw(path), torch.load(path, weights_only=True)["current_model_state"]
+    assert raw is not None
+    assert all(torch.equal(value, state[f"net.{name}"]) for name, value in raw.state_dict().items())
+    served = io.load(path).state_dict()
+    assert any(not torch.equal(value, served[name]) for name, value in raw.state_dict().items())
+    assert not any(module.training for module in raw.modules())
+    findings = json.loads((tmp_path / "record.json").read_text())["audit"]["findings"]
+    said = next(finding for finding in findings if finding["check"] == "transfer_failure")
+    assert "made on the raw weights" in said["measured"]
+    assert io.load_raw(run) is None
 
 
 # ---------------------------------------------------------------- attacks

@@ -40,6 +40,7 @@ class Checkpoint:
         epoch: finished epochs.
         step: finished steps.
         state: all that the defense keeps: the weights as "net.<name>", and the states of its own and its regularizers'.
+        raw: as `state`, with the weights that training went on with; empty where nothing is averaged.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Checkpoint:
     epoch: int
     step: int
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    raw: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,15 @@ def read_weights(path: str | Path) -> Checkpoint | Weights:
     prefix = "net."
     state = {name.removeprefix(prefix): value for name, value in raw["state_dict"].items() if name.startswith(prefix)}
     _check_numbers(path, state)
-    return Checkpoint(path, config, state, _finished_epochs(raw), int(raw.get("global_step", 0)), raw["state_dict"])
+    return Checkpoint(
+        path,
+        config,
+        state,
+        _finished_epochs(raw),
+        int(raw.get("global_step", 0)),
+        raw["state_dict"],
+        raw.get("current_model_state") or {},
+    )
 
 
 def _read(path: Path) -> Any:
@@ -206,12 +216,36 @@ def load_defense(path: str | Path, device: str | torch.device = "cpu") -> Defens
         FileNotFoundError, CheckpointError: as `load`; also states that do not fit the configured defense.
     """
     checkpoint = read_checkpoint(path)
+    return _defense(checkpoint, checkpoint.state, device)
+
+
+def load_raw(path: str | Path, device: str | torch.device = "cpu") -> nn.Module | None:
+    """The network of the weights that training went on with, where `load` gives their average.
+
+    Args:
+        path: as `load`.
+        device: where to put it.
+
+    Returns:
+        In eval mode; None where nothing is averaged.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_defense`.
+    """
+    checkpoint = read_checkpoint(path)
+    return _defense(checkpoint, checkpoint.raw, device).net if checkpoint.raw else None
+
+
+def _defense(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], device: str | torch.device) -> Defense:
+    """A checkpoint's defense with one of its states."""
     defense = build_defense(checkpoint.config, build_net(checkpoint.config["model"]))
     if isinstance(checkpoint.config.get("optim"), dict):  # the schedule scales the method's own epochs
         defense.optimisation = build("optim", checkpoint.config["optim"])
-    if problems := _differences(defense.state_dict(), checkpoint.state):
-        raise CheckpointError(f"checkpoint {path} does not fit its own defense {type(defense).__name__}: {problems}")
-    defense.load_state_dict(checkpoint.state)
+    if problems := _differences(defense.state_dict(), state):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} does not fit its own defense {type(defense).__name__}: {problems}"
+        )
+    defense.load_state_dict(state)
     return defense.to(device).eval()
 
 

@@ -17,7 +17,7 @@ from mi_at.defenses.base import Defense
 from mi_at.defenses.mi_estimators import MIEstimators
 from mi_at.evaluation.mutual_information import CRITICS
 from mi_at.evaluation.outcomes import EvalAttack
-from mi_at.io.checkpoints import Weights, load, load_defense, load_own, read_checkpoint
+from mi_at.io.checkpoints import Weights, load, load_defense, load_own, load_raw, read_checkpoint
 
 AUTO_TAP, FEATURES = "auto", "features"
 GUIDES = 1000
@@ -136,8 +136,8 @@ def serve(
     ):
         defense = load_defense(trained, device)
         net = defense.net
-        # An average has raw weights beside it.
-        variants = None if defense.config.get("callback") else {}
+        raw = load_raw(trained, device)
+        variants = {} if raw is None else {"the raw weights": raw}
         adaptive = adaptive_attacks(defense, evaluation) if evaluation.get("audit") else None
     else:
         net = load(trained, device)
