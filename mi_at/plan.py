@@ -345,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {"format": "terminal", "records": "", "device": "", "efficiency": "", "calibrate": "false"}
     own, overrides, folders = cells.split_arguments(given, options)
     io.quiet()
+    io.reuse_memory()  # a calibration is to be as fast as training
     try:
         if own["format"] not in FORMATS:
             raise TableError(f"format={own['format']}: expected one of {', '.join(FORMATS)}")
