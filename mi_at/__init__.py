@@ -14,11 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mi_at.version import __version__
+
 if TYPE_CHECKING:
     from mi_at.evaluate import robustness as robustness
     from mi_at.io import load as load
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load", "robustness"]
 
 _WHERE = {"load": "mi_at.io", "robustness": "mi_at.evaluate"}

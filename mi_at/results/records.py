@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import mi_at
 from mi_at.evaluation.intervals import wilson
 from mi_at.evaluation.outcomes import CLEAN, AttackResult, EvaluationResult
 from mi_at.functional.geometry import parse_eps
+from mi_at.version import __version__
 
 SCHEMA = 1
 
@@ -414,7 +414,7 @@ def _canonical(value: Any) -> Any:
 
 def git_state() -> dict[str, Any]:
     """The commit of the checkout this package lies in, and whether files differ; None outside a checkout."""
-    package = Path(mi_at.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     top = _git(package, "rev-parse", "--show-toplevel")
     # A package installed into an environment inside some other repository is not a checkout.
     if top is None or Path(top) / "mi_at" != package:
@@ -434,7 +434,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of those a number depends on; absent ones are left out."""
-    found = {"python": platform.python_version(), "mi_at": mi_at.__version__}
+    found = {"python": platform.python_version(), "mi_at": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

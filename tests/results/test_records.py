@@ -88,7 +88,7 @@ def test_git_state_is_that_of_our_checkout_only(tmp_path: Path, monkeypatch: pyt
     package = tmp_path / "mi_at"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(records.mi_at, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(records, "__file__", str(package / "results" / "records.py"))
     assert git_state() == {"commit": None, "dirty": None}
     git("init")
     git("add", ".")
@@ -101,7 +101,7 @@ def test_git_state_is_that_of_our_checkout_only(tmp_path: Path, monkeypatch: pyt
     # Installed into an environment inside somebody's repository: not our commit.
     site = tmp_path / "venv" / "mi_at"
     site.mkdir(parents=True)
-    monkeypatch.setattr(records.mi_at, "__file__", str(site / "__init__.py"))
+    monkeypatch.setattr(records, "__file__", str(site / "results" / "records.py"))
     assert git_state() == {"commit": None, "dirty": None}
 
 
