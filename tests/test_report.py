@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from mi_at import cells, report
+from mi_at.evaluation.intervals import wilson
+from mi_at.results import table_text
 from mi_at.results.measured import Filled, Line, identity
 from mi_at.results.records import Record, make_record, write_record
 from mi_at.results.tables import TableError
@@ -272,10 +274,20 @@ def test_the_seed_of_training_is_no_part_of_a_cell(place: Path) -> None:
 
 
 # ---------------------------------------------------------------- how it is shown
+@pytest.mark.parametrize(("n", "interval"), [(200, " [83.3, 92.2]"), (999, " [86.4, 90.3]"), (1000, "")])
+def test_a_number_of_few_images_has_its_interval(n: int, interval: str) -> None:
+    """The audit's n_small: no bare number of less than 1,000."""
+    of_one = Line("trades", "TRADES", "mnist", "cnn4", "PGD", "pgd_20", None, {0: 88.5}, n, (), None)
+    assert table_text.measured(of_one) == f"88.50{interval} (1)"
+    assert table_text.measured(replace(of_one, values={0: 88.0, 1: 89.0})) == f"88.50 +- 0.71{interval} (2)"
+    assert table_text.measured(replace(of_one, values={}, n=None)) == "-"
+
+
 def test_every_format_has_every_number(place: Path) -> None:
     record = measured(place, "TRADES")
     filled = shown(place)
-    mean = f"{100 * record['fgsm'].accuracy:.2f} (1)"
+    low, high = wilson(record["fgsm"].correct, record["fgsm"].n)
+    mean = f"{100 * record['fgsm'].accuracy:.2f} [{100 * low:.1f}, {100 * high:.1f}] (1)"
     for form in ("terminal", "markdown", "latex"):
         text = report.render(filled, form)
         assert mean in text
@@ -289,7 +301,9 @@ def test_every_format_has_every_number(place: Path) -> None:
     rows = list(csv.DictReader(StringIO(report.render(filled, "csv"))))
     assert len(rows) == len(filled.lines) == 9
     assert rows[2]["measured"] == str(100 * record["pgd_20"].accuracy)
-    assert rows[3]["measured"] == rows[3]["difference"] == rows[3]["n"] == ""
+    assert rows[3]["measured"] == rows[3]["difference"] == rows[3]["n"] == rows[3]["low"] == ""
+    assert float(rows[1]["low"]) == pytest.approx(100 * low)
+    assert float(rows[1]["high"]) == pytest.approx(100 * high)
     assert (rows[0]["reported"], rows[0]["seeds"], rows[0]["budget"]) == ("81.18", "0", "paper")
 
 

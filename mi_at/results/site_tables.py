@@ -11,12 +11,22 @@ from mi_at.results.page_html import Child, Html, document, join, table, tag
 from mi_at.results.significance import Against, Key, against, key_of_line
 from mi_at.results.site_pages import Site, link, way
 from mi_at.results.statistics import mean_interval, p_text
-from mi_at.results.table_text import attack_name, command, difference, doubts, measured, reported, row_name
+from mi_at.results.table_text import (
+    attack_name,
+    command,
+    difference,
+    doubts,
+    interval_text,
+    measured,
+    reported,
+    row_name,
+)
 from mi_at.results.terminal import NOT_RUN
 
 LEGEND = (
     "In every cell: the printed number, * where it is doubtful; below it the number measured here, mean ± standard "
-    "deviation over the seeds; below that measured minus printed, in points. A link leads to the run. "
+    "deviation over the seeds, and the 95 % interval where they are fewer than 1,000 images; below that measured minus "
+    "printed, in points. A link leads to the run. "
     f"{NOT_RUN}: nothing was run, or nothing is printed."
 )
 
@@ -124,7 +134,7 @@ def _measured(site: Site, line: Line) -> Html:
     spread = "" if line.std is None else f" ± {line.std:.2f}"
     shown = tag("b", f"{line.mean:.2f}", spread)
     page = next((site.runs[path] for path in line.sources.values() if path in site.runs), None)
-    return tag("span", unseen, shown if page is None else link(shown, page, under=True))
+    return tag("span", unseen, shown if page is None else link(shown, page, under=True), interval_text(line))
 
 
 def _sign(text: str) -> str:

@@ -129,10 +129,12 @@ def test_every_link_leads_to_a_page_and_every_page_is_linked(made: Made) -> None
 def test_a_table_shows_printed_measured_and_their_difference(made: Made) -> None:
     text = made.pages["tables/own-smoke.html"].text
     measured = 100 * (24 + 25 + 24) / 3 / 40
+    low, high = (100 * bound for bound in wilson(24, 40))
     spread = 100 * (1 / 3) ** 0.5 / 40  # of 24, 25, 24
     assert "printed 58.80 measured" in text
-    assert f"measured {measured:.2f} ± {spread:.2f} difference {measured - 58.80:+.2f}" in text
-    assert f"{measured:.2f} ± {spread:.2f} (3)" in text
+    shown = f"{measured:.2f} ± {spread:.2f} [{low:.1f}, {high:.1f}]"
+    assert f"measured {shown} difference {measured - 58.80:+.2f}" in text
+    assert f"{shown} (3)" in text
     assert "Not the size that the paper ran" in text
     empty = made.pages["tables/own.html"].text
     assert "0 of 9 printed numbers measured here, budget paper" in empty
