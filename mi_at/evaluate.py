@@ -9,13 +9,14 @@ from __future__ import annotations
 import io as streams
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -23,8 +24,10 @@ from mi_at import checks, io, stages
 from mi_at.data.batch import Batch
 from mi_at.evaluation.evaluate import sizes
 from mi_at.evaluation.outcomes import EvaluationResult
+from mi_at.functional.geometry import parse_eps
+from mi_at.results import loggers
 from mi_at.results.measure import assess, measure
-from mi_at.results.records import AttackRecord, Record, config_hash, run_key
+from mi_at.results.records import NOT_HASHED, AttackRecord, Record, RecordError, config_hash, read_record, run_key
 from mi_at.results.runs import EVALUATIONS, RECORD, TRAINED
 from mi_at.results.terminal import print_header, print_table
 
@@ -32,6 +35,8 @@ OF_THE_MACHINE = ("root", "placement", "download")
 """Options of a data set that say where it lies, not what it is."""
 FILE = "file"
 """The checkpoint rule of weights that were trained elsewhere."""
+NOT_TOLD = (*NOT_HASHED, "processes", "trainer", "again")
+"""Options of the command that do not change a number."""
 BATCH = 250
 
 
@@ -53,6 +58,7 @@ def evaluate(cfg: DictConfig) -> None:
         stands_for = {"rule": FILE, "name": found.path.name, "weights": config["weights"]}
         origin = f"{found.path} (trained elsewhere)"
     config["choices"]["evaluation"] = name = str(choices["evaluation"])
+    config["choices"]["typed"] = _typed()
     config, files = stages.identify_surrogate(config)
 
     settings = config["evaluation"]
@@ -78,21 +84,45 @@ def evaluate(cfg: DictConfig) -> None:
         "evaluation": f"{name}: {', '.join(attacks) or 'clean accuracy only'}",
         "record": str(path),
     }
-    print_header(run_key(config, config["choices"]), facts)
-    measure(
-        served.net,
-        served.attacks,
-        data,
+    key = run_key(config, config["choices"])
+    print_header(key, facts)
+    if not cfg.again and (record := _finished(path, stands_for)):
+        print_table(record)
+        print(f"evaluated on {record.date[:10]}; again=true attacks anew")
+        return
+    recorders = loggers.build(
+        {logger: instantiate(node, _partial_=True) for logger, node in (cfg.logger or {}).items()},
+        folder=path.parent,
+        key=f"{key}-{name}",
+        config_hash=config_hash(config),
+        tags=config.get("tags") or (),
         config=config,
-        checkpoint=stands_for,
-        path=path,
-        device=device,
-        sharing=processes,
-        training=training,
-        adaptive=served.adaptive,
-        variants=served.variants,
-        critics=served.critics,
     )
+    with loggers.ended_on_failure(recorders):
+        record = measure(
+            served.net,
+            served.attacks,
+            data,
+            config=config,
+            checkpoint=stands_for,
+            path=path,
+            device=device,
+            sharing=processes,
+            training=training,
+            adaptive=served.adaptive,
+            variants=served.variants,
+            critics=served.critics,
+        )
+        loggers.log_evaluation(recorders, record, path=path)
+
+
+def _finished(path: Path, checkpoint: Mapping[str, Any]) -> Record | None:
+    """The record of the same evaluation of the same weights, if it is there and whole."""
+    try:
+        record = read_record(path)
+    except RecordError:
+        return None
+    return record if {key: record.checkpoint.get(key) for key in checkpoint} == dict(checkpoint) else None
 
 
 def _config_of_run(cfg: DictConfig, served: io.Checkpoint) -> dict[str, Any]:
@@ -164,6 +194,20 @@ def _config_of_weights(cfg: DictConfig, served: io.Weights) -> dict[str, Any]:
 def _given() -> list[str]:
     """Keys that the command line sets."""
     return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+
+
+def _typed() -> list[str]:
+    """What the command line says of the numbers, files by their names alone: a record may be shown to others."""
+    said = []
+    for override in HydraConfig.get().overrides.task:
+        key, _, value = override.partition("=")
+        if key == "checkpoint" or (value and Path(value).is_file()):
+            said.append(f"{key}={Path(value).name}")
+        elif not any(
+            f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, "processes", "trainer", "again")
+        ):
+            said.append(override)
+    return said
 
 
 def _snake(target: str) -> str:
@@ -259,6 +303,13 @@ def robustness(
         >>> result["clean"].n
         8
     """
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net={net!r}: expected a torch.nn.Module; wrap a function in one")
+    for key, value in {"eps": eps, "step_size": step_size}.items():
+        try:
+            parse_eps(0 if value is None else value)
+        except ValueError as error:
+            raise ValueError(f"{key}={error}") from error
     asked = {"eps": eps, "norm": norm, "step_size": step_size, "n": n}
     given = [f"evaluation.{key}={value}" for key, value in asked.items() if value is not None]
     chosen = [f"dataset={data}"] if isinstance(data, str) else []
@@ -268,7 +319,7 @@ def robustness(
     if isinstance(data, str):
         io.fill_classes(cfg.dataset)
     else:
-        source = _AtHand(*_checked(*data))
+        source = _AtHand(*_checked(data))
         if eps is None and _is_customary(cfg):
             raise ValueError("eps=None: images at hand have no customary radius; give one, such as eps='8/255'")
         quarter = "${mul:0.25,${evaluation.eps}}" if "eps" in cfg.evaluation else None
@@ -287,6 +338,11 @@ def robustness(
             "evaluation": evaluation,
         },
     }
+    if not isinstance(data, str):  # a protocol's own numbers are those of a whole test split
+        named = {override.lstrip("+").partition("=")[0] for override in overrides}
+        for name, count in config["evaluation"]["n_of"].items():
+            if f"evaluation.n_of.{name}" not in named:
+                config["evaluation"]["n_of"][name] = min(count, len(source.y))
     if isinstance(data, str):
         source = io.build_data(config["dataset"])
         source.prepare_data()
@@ -310,16 +366,21 @@ def _is_customary(cfg: DictConfig) -> bool:
     return bool(written.get("eps") == "${dataset.eps}")
 
 
-def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(data: Any) -> tuple[Tensor, Tensor]:
     """Images and labels that belong together; what they hold is looked at by the evaluator.
 
     Raises:
         ValueError: naming what was given.
     """
+    expected = "expected images float [N, C, H, W] in [0, 1] and labels int64 [N]"
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        found = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else type(data).__name__
+        raise ValueError(f"data={found}: expected the name of a data set, or two tensors, {expected[9:]}")
+    x, y = data
     whole = isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point()
     if not isinstance(x, Tensor) or not whole or len(x) != len(y):
         found = " and ".join(f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else f"{type(v)}" for v in (x, y))
-        raise ValueError(f"data=({found}): expected images float [N, C, H, W] in [0, 1] and labels int64 [N]")
+        raise ValueError(f"data=({found}): {expected}")
     return x, y.long()
 
 

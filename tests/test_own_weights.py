@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import mi_at
 from mi_at import io
 from mi_at.evaluate import robustness
+from mi_at.results.page_evaluation import command as command_of
 from mi_at.results.records import Record, read_record
 from tests.commands import Done, command
 
@@ -40,6 +42,14 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+
+class NoGradient(Net):
+    """Tells nobody where its loss grows."""
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
 
 
 class Probabilities(Net):
@@ -127,6 +137,62 @@ def test_one_command_evaluates_it(theirs: Path) -> None:
     assert "trained elsewhere" in done.out
 
 
+def test_the_page_has_the_command_that_repeats_it(theirs: Path, tmp_path: Path) -> None:
+    options = ("evaluation=chosen", "evaluation/attacks=[fgsm]", "evaluation.n=12", "evaluation.eps=0.1")
+    first = evaluate(theirs, "checkpoint=weights.pt", *OWN, *options, f"output={tmp_path}", "device=cpu")
+    record = record_of(first, theirs)
+    said = command_of(record)
+    assert said == "python -m mi_at.evaluate " + shlex.join(["checkpoint=weights.pt", *OWN, *options])
+    again = record_of(evaluate(theirs, *shlex.split(said)[3:], f"output={tmp_path}/again"), theirs)
+    assert again.config_hash == record.config_hash
+    assert again["fgsm"].correct == record["fgsm"].correct
+
+
+def test_a_finished_evaluation_is_found_again(theirs: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    options = (*OWN, "evaluation=none", "evaluation.n=7", f"output={tmp_path}")
+    first = record_of(evaluate(theirs, "checkpoint=weights.pt", *options), theirs)
+    found = evaluate(theirs, "checkpoint=weights.pt", *options)
+    assert "again=true attacks anew" in found.out
+    assert record_of(found, theirs) == first
+    anew = evaluate(theirs, "checkpoint=weights.pt", *options, "again=true")
+    assert "attacks anew" not in anew.out
+    assert record_of(anew, theirs).date >= first.date
+    (path,) = tmp_path.glob("*/record.json")
+    path.write_text(path.read_text()[:50])
+    assert (
+        record_of(evaluate(theirs, "checkpoint=weights.pt", *options), theirs)["clean"].correct
+        == first["clean"].correct
+    )
+
+
+def test_numbers_go_to_wandb_where_it_is_asked(theirs: Path, tmp_path: Path) -> None:
+    options = (
+        "evaluation=chosen",
+        "evaluation/attacks=[fgsm]",
+        "evaluation.n=12",
+        "logger=wandb",
+        f"output={tmp_path}",
+    )
+    done = evaluate(theirs, "checkpoint=weights.pt", *OWN, *options)
+    record = record_of(done, theirs)
+    (folder,) = tmp_path.iterdir()
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    written = (folder / "metrics.csv").read_text()
+    assert "test/fgsm" in written
+    assert f"{100 * record['fgsm'].accuracy:.9g}" in written
+
+
+def test_a_network_without_a_gradient_is_audited(theirs: Path) -> None:
+    """No attack can follow a slope that is not there: every row says so, and the audit fails."""
+    own = ("model._target_=their_package.NoGradient", "dataset=digits", "evaluation=audit")
+    done = evaluate(theirs, "checkpoint=weights.pt", *own, "evaluation.n=20", "evaluation.audit.queries=5")
+    record = record_of(done, theirs)
+    assert all("no_gradient" in row.flags for row in record.attacks if row.name != "clean")
+    assert record.audit["verdict"] == "fail"
+    (said,) = [finding for finding in record.audit["findings"] if finding["check"] == "zero_grad"]
+    assert said["severity"] == "fail"
+
+
 def test_other_weights_are_another_record(theirs: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
     """The file's name and place say nothing; its bits do."""
     found = []
@@ -167,6 +233,12 @@ def test_by_the_name_of_a_model(tmp_path: Path) -> None:
         ((*OWN, "evaluation=black_box"), ("is made on another network", "evaluation.surrogate=")),
         ((*OWN, "evaluation=black_box", "evaluation.surrogate=weights.pt"), ("weights.pt was not written by mi_at",)),
         ((*OWN, "evaluation.n=1000"), ("n=1000", "360")),
+        ((*OWN, "evaluation.n=abc"), ("evaluation.n=abc: expected a whole number",)),
+        ((*OWN, "evaluation.n_of.autoattack=1.5"), ("evaluation.n_of.autoattack=1.5: expected a whole number",)),
+        (
+            (*OWN, "evaluation=chosen", "evaluation/attacks=[fgsm,representation]", "evaluation.n=20"),
+            ("attack representation: tap='features'", "no taps"),
+        ),
         ((*OWN, "evaluation.eps=8"), ("eps=8", "did you mean 8/255?")),
     ],
 )
@@ -319,7 +391,7 @@ def test_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
         evaluation="quick",
         eps="1/10",
         progress=False,
-        overrides=["evaluation.n_of.autoattack=5", "evaluation.attacks.autoattack.queries=20"],
+        overrides=["evaluation.attacks.autoattack.queries=20"],  # its protocol's 100 images are more than there are
     )
     print(result)
     assert result["clean"].accuracy == 1.0
@@ -356,6 +428,11 @@ def test_a_set_by_name_has_its_customary_ball() -> None:
     assert (other["pgd_10"].norm, other["pgd_10"].eps, other["pgd_10"].step_size) == ("l2", 1, 0.25)
 
 
+def test_a_ball_of_zero_is_clean() -> None:
+    found = robustness(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), ONE, evaluation="quick", eps=0, progress=False)
+    assert {row.correct for row in found.record.attacks} == {found["clean"].correct}
+
+
 ONE = (torch.rand(4, 1, 8, 8), torch.arange(4))
 
 
@@ -371,6 +448,11 @@ ONE = (torch.rand(4, 1, 8, 8), torch.arange(4))
         ((ONE[0], ONE[1] + 8), {"eps": 0.1}, r"labels lie in \[8, 11\], but the network has 10 classes"),
         ((ONE[0], ONE[1][:3]), {"eps": 0.1}, r"data=\(torch.float32 \(4, 1, 8, 8\) and torch.int64 \(3,\)\)"),
         ((ONE[0], np.arange(4)), {"eps": 0.1}, "numpy.ndarray"),
+        ([ONE], {"eps": 0.1}, "data=list of 1: expected the name of a data set, or two tensors"),
+        (iter([ONE]), {"eps": 0.1}, "data=list_iterator: expected the name of a data set, or two tensors"),
+        (ONE, {"eps": "8/0"}, "eps='8/0': expected a number or a fraction"),
+        (ONE, {"eps": 0.1, "step_size": "a"}, "step_size='a': expected a number or a fraction"),
+        (ONE, {"eps": 0.1, "overrides": ["evaluation.n_of.autoattack=9"]}, "n_of.autoattack=9, but the split has 4"),
         ("imagenet", {}, "dataset=imagenet: expected one of cifar10"),
         ("cifar10", {"overrides": ["dataset.root=nowhere"]}, "nowhere"),
     ],
@@ -379,3 +461,8 @@ def test_what_is_wrong_from_python(data: Any, options: dict[str, Any], message: 
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         robustness(net, data, progress=False, **options)
+
+
+def test_a_function_is_no_network() -> None:
+    with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module"):
+        robustness(lambda x: x.flatten(1), ONE, eps=0.1)  # type: ignore[arg-type]

@@ -104,11 +104,12 @@ class AutoAttack:
     def for_classes(self, num_classes: int) -> AutoAttack:
         """The attack as it can run on a network of so many classes.
 
-        The targeted DLR loss needs 4 classes (with 3, APGD on the plain DLR stands in) and the plain one 3;
-        there are at most num_classes - 1 target classes. With 10 classes or more nothing changes.
+        The targeted DLR loss needs 4 classes (with 3, APGD on the plain DLR stands in) and the plain one 3; where no
+        component is left, APGD on the cross-entropy stands in. There are at most num_classes - 1 target classes. With
+        10 classes or more nothing changes.
 
         Raises:
-            ValueError: fewer than 2 classes, or no component is left.
+            ValueError: fewer than 2 classes.
         """
         if num_classes < 2:
             raise ValueError(f"{self.name} needs a network with 2 classes or more, got {num_classes}")
@@ -117,9 +118,7 @@ class AutoAttack:
             stand_in = ["apgd-dlr"] if num_classes == 3 and "apgd-dlr" not in names else []
             names[names.index("apgd-t") : names.index("apgd-t") + 1] = stand_in
         if num_classes < 3:
-            names = [name for name in names if name != "apgd-dlr"]
-        if not names:
-            raise ValueError(f"attacks={list(self.attacks or ())}: none works with {num_classes} classes; add apgd-ce")
+            names = [name for name in names if name != "apgd-dlr"] or ["apgd-ce"]
         fallback = self.fallback
         if names != list(self.attacks or ()):
             fallback = f"{num_classes} classes: {', '.join(names)} instead of {', '.join(self.attacks or ())}"
@@ -330,7 +329,7 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Report a warning by the name of its kind."""
-        message = record.getMessage()
+        message = record.getMessage().removesuffix(" See flags_doc.md for details.")  # a file of the package's source
         self.report(next((flag for words, flag in _FLAGS.items() if words in message), "autoattack_warning"), message)
 
 

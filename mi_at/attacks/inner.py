@@ -79,7 +79,7 @@ class InnerMaximisation:
         """Parse fractions and check ranges."""
         check_norm(self.norm)
         object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm, eps=self.eps))
         if not self.warmup_epochs:  # a radius that still grows may be shorter than its step
             check_reach(self.step_size, self.steps, self.norm, self.eps)
         if self.init is not None and self.init not in INITS:
@@ -130,7 +130,7 @@ def check_eps(eps: Any, norm: str, samples: int | None = None) -> Any:
     return _check_eps(eps, norm)
 
 
-def check_step(step_size: Any, steps: int, norm: str, samples: int | None = None) -> Any:
+def check_step(step_size: Any, steps: int, norm: str, samples: int | None = None, *, eps: Any = None) -> Any:
     """Parse a step size and check it with the number of steps.
 
     Args:
@@ -138,6 +138,7 @@ def check_step(step_size: Any, steps: int, norm: str, samples: int | None = None
         steps: number of steps.
         norm: "linf" or "l2"; under l_2 a length grows with the number of pixels and has no bound of its own.
         samples: B, where it is known.
+        eps: the radius, where it is known: in a ball of 0 a step may be 0 too.
 
     Raises:
         ValueError: steps < 0, or a step size that is not positive and finite, or above 1 under l_inf; not one per
@@ -150,7 +151,8 @@ def check_step(step_size: Any, steps: int, norm: str, samples: int | None = None
         _check_step(low, steps, norm)
         _check_step(high, steps, norm)
         return step_size
-    return _check_step(step_size, steps, norm)
+    still = not isinstance(eps, Tensor) and eps == 0
+    return _check_step(step_size, 0 if still else steps, norm)
 
 
 def check_reach(step_size: float, steps: int, norm: str, eps: float) -> None:
@@ -177,7 +179,7 @@ def _check_eps(eps: Any, norm: str) -> float:
 
 def _check_step(step_size: Any, steps: int, norm: str) -> float:
     value = parse_eps(step_size)
-    if steps and not 0 < value < float("inf"):
+    if (steps and not 0 < value < float("inf")) or not value >= 0:
         raise ValueError(f"attack.step_size={step_size}: expected a positive number or fraction such as 2/255")
     if norm == "linf" and value > 1:
         raise ValueError(f"attack.step_size={step_size}: pixels are in [0, 1]; did you mean {step_size}/255?")

@@ -51,7 +51,7 @@ def ni_fgsm(
         >>> ni_fgsm(lambda x: x.sum(1), torch.full((1, 2), 0.5), eps=0.25, step_size=0.125, steps=2)
         tensor([[0.7500, 0.7500]])
     """
-    eps, step_size = check_eps(eps, "linf"), check_step(step_size, steps, "linf")
+    eps, step_size = check_eps(eps, "linf"), check_step(step_size, steps, "linf", eps=eps)
     check_decay(decay)
     check_images(x)
     with torch.inference_mode(False), torch.enable_grad():
@@ -114,7 +114,7 @@ class NIFGSM:
     def __post_init__(self) -> None:
         """Parse fractions and check ranges."""
         object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm, eps=self.eps))
         check_decay(self.decay)
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:

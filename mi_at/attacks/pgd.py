@@ -38,7 +38,7 @@ def pgd(
         objective: images -> one value per sample [B], or a scalar for an objective joint over the batch.
         x: [B, ...] float in [0, 1].
         eps: radius >= 0, a number, a fraction ("8/255") or one per sample [B].
-        step_size: > 0, likewise; the l_inf (at most 1) or l_2 length of one step.
+        step_size: > 0 (or 0 where eps is), likewise; the l_inf (at most 1) or l_2 length of one step.
         steps: >= 0.
         norm: "linf" or "l2".
         init: "uniform" in the ball, "gaussian" (0.001 N(0, 1)), "zero", or a perturbation [B, ...] of one's own.
@@ -57,7 +57,8 @@ def pgd(
         >>> pgd(lambda x: x @ w, torch.full((1, 2), 0.5), eps=0.25, step_size=0.25, steps=2, init="zero")
         tensor([[0.7500, 0.2500]])
     """
-    eps, step_size = check_eps(eps, check_norm(norm), len(x)), check_step(step_size, steps, norm, len(x))
+    eps = check_eps(eps, check_norm(norm), len(x))
+    step_size = check_step(step_size, steps, norm, len(x), eps=eps)
     if iterate not in ("last", "worst"):
         raise ValueError(f"iterate={iterate!r}: expected 'last' or 'worst'")
     check_images(x)
@@ -146,7 +147,7 @@ class PGD:
     def __post_init__(self) -> None:
         """Parse fractions and check ranges."""
         object.__setattr__(self, "eps", check_eps(self.eps, check_norm(self.norm)))
-        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm, eps=self.eps))
         check_reach(self.step_size, self.steps, self.norm, self.eps)
         if self.restarts < 1:
             raise ValueError(f"restarts={self.restarts}: expected 1 or more")

@@ -43,7 +43,7 @@ class Ascent:
     def __post_init__(self) -> None:
         """Parse fractions and check ranges."""
         object.__setattr__(self, "eps", check_eps(self.eps, check_norm(self.norm)))
-        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm, eps=self.eps))
         check_reach(self.step_size, self.steps, self.norm, self.eps)
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r}: expected one of {', '.join(INITS)}")

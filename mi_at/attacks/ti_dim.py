@@ -75,7 +75,7 @@ def ti_dim(
         >>> float(x_adv.min())
         0.75
     """
-    eps, step_size = check_eps(eps, "linf"), check_step(step_size, steps, "linf")
+    eps, step_size = check_eps(eps, "linf"), check_step(step_size, steps, "linf", eps=eps)
     check_decay(decay)
     _check(prob=prob, low=low, high=high, resize=resize, kernel_size=kernel_size, nsig=nsig)
     check_images(x)
@@ -220,7 +220,7 @@ class TIDIM:
     def __post_init__(self) -> None:
         """Parse fractions and check ranges."""
         object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
-        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm))
+        object.__setattr__(self, "step_size", check_step(self.step_size, self.steps, self.norm, eps=self.eps))
         check_decay(self.decay)
         _check(
             prob=self.prob,

@@ -18,11 +18,11 @@ from mi_at.evaluation.running import logits_of
 from mi_at.models.base import Classifier
 from mi_at.models.latent import StochasticLatent
 
-# Issue 5's audit table: on MNIST at 0.3 the clipped first layers of honest networks hide a little from gradients.
+# docs/AUDIT.md: on MNIST at 0.3 the clipped first layers of honest networks hide a little from gradients.
 MNIST_POINTS = 4.0
-# Issue 5's audit table; Wong et al. 2020 (Fast is better than free): FGSM stays high where PGD falls to 0.
+# docs/AUDIT.md; Wong et al. 2020 (Fast is better than free): FGSM stays high where PGD falls to 0.
 OVERFITTED_POINTS = 25.0
-# Issue 5's audit table.
+# docs/AUDIT.md.
 RESTART_POINTS = 2.0
 SILENT_POINTS = 0.5
 UNBOUNDED_SHARE = 1.0

@@ -12,7 +12,7 @@ from torch import Tensor
 SEVERITIES = ("fail", "warn", "not checked", "info", "pass")
 """The gravest first; a check that did not run stands above those that found nothing."""
 
-# Issue 5's audit table, for all differences that have no number of their own.
+# docs/AUDIT.md, for all differences that have no number of their own.
 POINTS = 1.0
 
 

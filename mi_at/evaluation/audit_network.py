@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mi_at.evaluation.audit_case import Case
 from mi_at.evaluation.audit_findings import POINTS, Check, Finding, points
 from mi_at.evaluation.evaluate import SOFTMAX, SOFTMAX_TOLERANCE
-from mi_at.evaluation.running import isolated
+from mi_at.evaluation.outcomes import EvaluationError
+from mi_at.evaluation.running import isolated, without_gradient
 
-# Issue 5's audit table: float32 logits of one network differ by about 1e-6 of their spread from kernel to kernel.
+# docs/AUDIT.md: float32 logits of one network differ by about 1e-6 of their spread from kernel to kernel.
 SAME = 1e-4
-# Issue 5's audit table; AutoAttack warns at the first image.
+# docs/AUDIT.md; AutoAttack warns at the first image.
 ZERO_WARN, ZERO_FAIL = 0.01, 0.10
 FORWARDS = 5
 FEW = 64  # images of a forward that is compared; enough companions for a statistic over the batch
@@ -73,7 +73,7 @@ def softmax(case: Case) -> Finding:
         return OUTPUTS.says("warn", measured)
     try:
         gain = points(case.run(case.pgd(), net=_Logarithm(case.net)), case.last())
-    except RuntimeError as error:  # without gradients; zero_grad says so
+    except (RuntimeError, EvaluationError) as error:  # without gradients; zero_grad says so
         return OUTPUTS.says("warn", f"{measured}; {error}")
     return OUTPUTS.says(
         "fail" if gain.above(POINTS) else "warn", f"{measured}; on their logarithms the attack finds more: {gain}"
@@ -122,23 +122,12 @@ def zero_grad(case: Case) -> Finding:
     """Images without an input gradient."""
     if not len(case.base):
         return ZERO_GRAD.unknown("the network gets none of the images right", "audit a trained network")
-    zero = case.batch.map(lambda x, y: _without_gradient(case, x, y), case.x[case.base], case.y[case.base])
+    zero = case.batch.map(
+        lambda x, y: without_gradient(case.net, x.to(case.device), y), case.x[case.base], case.y[case.base]
+    )
     found = float(zero.float().mean())
     severity = "fail" if found > ZERO_FAIL else "warn" if found > ZERO_WARN else "pass"
     return ZERO_GRAD.says(severity, f"{100 * found:.1f} % of {len(zero)} images have no usable gradient")
-
-
-def _without_gradient(case: Case, x: Tensor, y: Tensor) -> Tensor:
-    """[b] bool: the gradient of the cross-entropy is zero, not a number, or not there at all."""
-    x = x.to(case.device).requires_grad_()
-    value = F.cross_entropy(case.net(x).float(), y.to(case.device), reduction="sum")
-    if not value.requires_grad:
-        return torch.ones(len(x), dtype=torch.bool)
-    gradient: Tensor | None = torch.autograd.grad(value, x, allow_unused=True)[0]
-    if gradient is None:
-        return torch.ones(len(x), dtype=torch.bool)
-    flat = gradient.flatten(1)
-    return ((flat == 0).all(dim=1) | ~flat.isfinite().all(dim=1)).cpu()
 
 
 def _noise(case: Case) -> float:

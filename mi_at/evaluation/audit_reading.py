@@ -11,15 +11,15 @@ from mi_at.evaluation.audit_case import Case, kind
 from mi_at.evaluation.audit_findings import Check, Finding, share
 from mi_at.evaluation.outcomes import out_of_reach
 
-# Issue 5's audit table: below it the 95 % interval of an accuracy is wider than 6 points (+-3.1 at 50 %).
+# docs/AUDIT.md: below it the 95 % interval of an accuracy is wider than 6 points (+-3.1 at 50 %).
 SMALL_N = 1000
-# Issue 5's audit table; AutoAttack claims to hold what PGD finds.
+# docs/AUDIT.md; AutoAttack claims to hold what PGD finds.
 SUBSUMPTION_POINTS = 0.3
-# Issue 5's audit table: a term below a thousandth of loss and gradient cannot be told from rounding in bfloat16.
+# docs/AUDIT.md: a term below a thousandth of loss and gradient cannot be told from rounding in bfloat16.
 INERT = 1e-3
-# Issue 5's audit table.
+# docs/AUDIT.md.
 DOMINATING = 0.95
-# Issue 5's audit table; Rice et al. 2020 (Overfitting in adversarially robust deep learning) find 5 to 10 on CIFAR-10.
+# docs/AUDIT.md; Rice et al. 2020 (Overfitting in adversarially robust deep learning) find 5 to 10 on CIFAR-10.
 OVERFIT_POINTS = 3.0
 
 N_SMALL = Check(

@@ -32,10 +32,27 @@ from mi_at.evaluation.outcomes import (
 )
 from mi_at.evaluation.pieces import Pieces, fingerprint
 from mi_at.evaluation.progress import Progress, cost
-from mi_at.evaluation.running import Outcome, Plan, Runner, Samples, logits_of, prepared, says
+from mi_at.evaluation.running import (
+    Outcome,
+    Plan,
+    Runner,
+    Samples,
+    isolated,
+    logits_of,
+    prepared,
+    says,
+    without_gradient,
+)
 from mi_at.evaluation.sharing import helpers
+from mi_at.functional import random as noise
 
 SOFTMAX_TOLERANCE = 1e-4  # of a sum of probabilities from 1
+LOOKED_AT = 20  # images
+WITHOUT_GRADIENT = 0.1  # of them; as the audit's zero_grad
+NO_GRADIENT = (
+    f"of the first {LOOKED_AT} images more than a tenth have an input gradient of zero or none: "
+    "what an attack by gradients leaves is no robustness; evaluation=audit says more"
+)
 SOFTMAX = (
     "the network returns a probability distribution, not logits: its softmax hides the gradient, "
     "and losses that expect logits are weaker than they claim; return what enters the softmax"
@@ -127,6 +144,7 @@ def evaluate(
         _check_classes(y, classes, num_classes)
         samples = Samples(x, y, index, tensor(clean, "prediction"))
         adapted = {name: _for_classes(attack, classes) for name, attack in attacks.items()}
+        _check_taps(net, adapted)
         plan = Plan(
             attacks=_with_surrogates(adapted, samples, pieces, key, device=device, batch=batch, seed=seed),
             counts=counts,
@@ -272,7 +290,7 @@ def _clean(
     seed: int,
 ) -> Kept:
     """Predictions without an attack, how many classes there are, and whether the outputs are probabilities."""
-    x, _, index = samples
+    x, y, index = samples
 
     def look(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         try:
@@ -286,9 +304,22 @@ def _clean(
         classes = torch.full((len(x),), logits.shape[1])
         return logits.argmax(dim=1).cpu(), probability.cpu(), classes
 
+    def slope(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        try:
+            with noise.keyed(index.to(device), noise.key(seed, "logits")):
+                return without_gradient(net, x.to(device), y)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise EvaluationError(f"the network gives no gradient of its images: {error}") from error
+
     def compute(number: int) -> Kept:
         prediction, probability, classes = batch.map(look, x, index)
-        return {"prediction": prediction, "softmax": probability.all(), "classes": classes.max()}
+        found = {"prediction": prediction, "softmax": probability.all(), "classes": classes.max()}
+        few = slice(0, LOOKED_AT)
+        with isolated(seed):
+            flat = batch.map(slope, x[few], y[few].clamp(0, int(classes.max()) - 1), index[few])
+        return {**found, "no_gradient": flat.float().mean() > WITHOUT_GRADIENT}
 
     return next(kept for _, kept in pieces.run([name], compute))
 
@@ -308,6 +339,16 @@ def _check_classes(y: Tensor, classes: int, expected: int | None) -> None:
 def _for_classes(attack: Any, classes: int) -> EvalAttack:
     adapted: EvalAttack = attack.for_classes(classes) if hasattr(attack, "for_classes") else attack
     return adapted
+
+
+def _check_taps(net: nn.Module, attacks: Mapping[str, Any]) -> None:
+    """Before hours of other attacks: a layer that one of them looks at must be there."""
+    known = getattr(net, "tap_names", ())
+    for name, attack in attacks.items():
+        tap = getattr(attack, "tap", None)
+        if tap is not None and tap not in known:
+            has = ", ".join(known) or "(the network has no taps: leave the attack out)"
+            raise EvaluationError(f"attack {name}: tap={tap!r}: expected one of {has}")
 
 
 def _with_surrogates(
@@ -383,7 +424,11 @@ def _result(
     plan: Plan, outcomes: Mapping[str, Outcome], clean: Kept, *, classes: int, batch_size: int
 ) -> EvaluationResult:
     samples = plan.samples
-    doubts = {"softmax": SOFTMAX} if bool(tensor(clean, "softmax")) else {}
+    doubts = {
+        name: words
+        for name, words in (("softmax", SOFTMAX), ("no_gradient", NO_GRADIENT))
+        if name in clean and bool(tensor(clean, name))
+    }
     rows: dict[str, AttackResult] = {}
     examples: dict[str, Examples] = {}
     for name, outcome in outcomes.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mi_at.attacks.autoattack import forked_rng
 from mi_at.attacks.contexts import attacking
@@ -362,8 +363,8 @@ class Runner:
 
 @contextmanager
 def prepared(net: nn.Module, seed: int) -> Iterator[None]:
-    """The network as every attack gets it: frozen, in eval mode, float32 logits; all as before after the block."""
-    with attacking(net), isolated(seed), net.register_forward_hook(_float32):
+    """The network as every attack gets it: frozen, in eval mode, float32 logits with a gradient; restored after it."""
+    with attacking(net), isolated(seed), net.register_forward_hook(_attackable):
         yield
 
 
@@ -380,9 +381,32 @@ def isolated(seed: int) -> Iterator[None]:
         random.setstate(state)
 
 
-def _float32(module: nn.Module, args: Any, logits: Any) -> Any:
-    """A forward hook: half-precision logits are too coarse for a loss, and some attacks fail on them."""
-    return logits.float() if isinstance(logits, Tensor) and logits.dtype.itemsize < 4 else logits
+def _attackable(module: nn.Module, args: Any, logits: Any) -> Any:
+    """A forward hook: float32, for coarser logits fail attacks; and a gradient of zero where there is none at all."""
+    if not isinstance(logits, Tensor):
+        return logits
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        logits = logits + 0 * x.sum().to(logits)
+    return logits
+
+
+def without_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """[B] bool, on the CPU: the input gradient of the cross-entropy is zero, not a number, or not there at all.
+
+    Args:
+        net: the network, prepared.
+        x: [B, C, H, W], on its device.
+        y: [B] int64.
+    """
+    x = x.detach().clone().requires_grad_()
+    value = F.cross_entropy(net(x).float(), y.to(x.device), reduction="sum")
+    gradient: Tensor | None = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
+        return torch.ones(len(x), dtype=torch.bool)
+    flat = gradient.flatten(1)
+    return ((flat == 0).all(dim=1) | ~flat.isfinite().all(dim=1)).cpu()
 
 
 def logits_of(net: nn.Module, x: Tensor, ids: Tensor, seed: int, where: str) -> Tensor:

@@ -72,8 +72,8 @@ def resolve_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         evaluation: plain values.
 
     Raises:
-        ValueError: lists of different lengths, names that are taken, or what is wanted beside the attacks (audit,
-            information, robust NCMI) cannot be.
+        ValueError: numbers of images that are none, lists of different lengths, names that are taken, or what is
+            wanted beside the attacks (audit, information, robust NCMI) cannot be.
 
     Example:
         >>> curve = {"attack": {"_target_": "mi_at.attacks.pgd.PGD", "eps": 0.1}, "steps": [1, 20]}
@@ -81,6 +81,10 @@ def resolve_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         {'_target_': 'mi_at.attacks.pgd.PGD', 'eps': 0.1, 'steps': 20}
     """
     found = dict(evaluation)
+    counts = {"n": found.get("n"), **{f"n_of.{name}": count for name, count in (found.get("n_of") or {}).items()}}
+    for where, count in counts.items():
+        if count is not None and type(count) is not int:
+            raise ValueError(f"evaluation.{where}={count}: expected a whole number of images, or null: all")
     attacks = dict(found["attacks"])
     for curve, node in (found.pop("curves", None) or {}).items():
         values = {option: value for option, value in node.items() if option != "attack"}

@@ -272,24 +272,19 @@ def _what(record: Record) -> Html:
     if lines is None:
         repeat = not_run("The record does not tell the command.")
     else:
-        repeat = join(
-            [
-                tag("pre", lines, class_="command"),
-                tag(
-                    "p",
-                    "It makes the same choices. Single values that were set on the command line besides are not in it: "
-                    "the run's configuration must come out as ",
-                    tag("code", record.config_hash),
-                    ".",
-                    class_="note",
-                ),
-            ]
+        words = (
+            "It is the command as it was typed, files by their names: the configuration comes out as "
+            if record.names.get("typed")
+            else "It makes the same choices. Single values that were set on the command line besides are not in it: "
+            "the run's configuration must come out as "
         )
+        note = tag("p", words, tag("code", record.config_hash), ".", class_="note")
+        repeat = join([tag("pre", lines, class_="command"), note])
     return join([facts(pairs), tag("h3", "To repeat it"), repeat])
 
 
 def command(record: Record) -> str | None:
-    """The command that trains and evaluates again, or that evaluates weights trained elsewhere.
+    """The command that evaluates again as it was typed, or that trains and evaluates again.
 
     Args:
         record: of a run.
@@ -298,20 +293,14 @@ def command(record: Record) -> str | None:
         None where the record does not say what was chosen, or the network was given from Python.
     """
     names, config = record.names, record.config
-    if "weights" in names:
-        target = (config.get("model") or {}).get("_target_")
-        if not record.checkpoint.get("name") or not target:
-            return None
-        chosen = [("checkpoint", record.checkpoint["name"]), ("model._target_", target)]
-        module, groups, settings = "evaluate", ["dataset", "evaluation"], []
-    else:
-        if not all(names.get(group) for group in ("defense", "dataset", "model")):
-            return None
-        chosen, module, groups = [], "train", [*CHOICES, "evaluation"]
-        settings = [("seed", record.seed), *((key, config[key]) for key in ("select", "init_from") if config.get(key))]
-    chosen += [(group, names[group]) for group in groups if names.get(group)]
+    if names.get("typed"):
+        return " ".join(["python -m mi_at.evaluate", *(shlex.quote(str(word)) for word in names["typed"])])
+    if "weights" in names or not all(names.get(group) for group in ("defense", "dataset", "model")):
+        return None
+    chosen = [(group, names[group]) for group in (*CHOICES, "evaluation") if names.get(group)]
+    settings = [("seed", record.seed), *((key, config[key]) for key in ("select", "init_from") if config.get(key))]
     words = [f"{key}={_choice(value)}" for key, value in (*chosen, *settings)]
-    return " ".join([f"python -m mi_at.{module}", *(shlex.quote(word) for word in words)])
+    return " ".join(["python -m mi_at.train", *(shlex.quote(word) for word in words)])
 
 
 def _choice(value: Any) -> str:

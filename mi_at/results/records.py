@@ -45,7 +45,6 @@ NOT_HASHED: tuple[str, ...] = (
     "evaluation.progress",
     # what a run is called (what was chosen stands in the groups themselves), and what it belongs to
     "choices",
-    "choices",
     "tags",
     "group",
     "table",

@@ -146,8 +146,9 @@ def test_plus_and_rand_with_few_classes() -> None:
         "fab-t",
     )
     assert AutoAttack(eps=0.1, version="rand").for_classes(2).attacks == ("apgd-ce",)
-    with pytest.raises(ValueError, match="none works with 2 classes; add apgd-ce"):
-        AutoAttack(eps=0.1, attacks=["apgd-t"]).for_classes(2)
+    alone = AutoAttack(eps=0.1, attacks=["apgd-t"]).for_classes(2)
+    assert alone.attacks == ("apgd-ce",)
+    assert alone.fallback == "2 classes: apgd-ce instead of apgd-t"
     with pytest.raises(ValueError, match="2 classes or more, got 1"):
         AutoAttack(eps=0.1).for_classes(1)
 
