@@ -233,6 +233,11 @@ def test_by_the_name_of_a_model(tmp_path: Path) -> None:
         ((*OWN, "evaluation=black_box"), ("is made on another network", "evaluation.surrogate=")),
         ((*OWN, "evaluation=black_box", "evaluation.surrogate=weights.pt"), ("weights.pt was not written by mi_at",)),
         ((*OWN, "evaluation.n=1000"), ("n=1000", "360")),
+        ((*OWN, "checkpoint=."), ("checkpoint . is a folder; give a file, such as best.ckpt",)),
+        (
+            (*OWN, "evaluation=chosen", "evaluation.n_of.square=9"),
+            ("unknown key evaluation.n_of.square", "+evaluation.n_of.square=<value> adds it"),
+        ),
         ((*OWN, "evaluation.n=abc"), ("evaluation.n=abc: expected a whole number",)),
         ((*OWN, "evaluation.n_of.autoattack=1.5"), ("evaluation.n_of.autoattack=1.5: expected a whole number",)),
         (

@@ -275,7 +275,7 @@ def _check_images(x: Tensor, first: Tensor | None) -> None:
     low, high = (float(value) for value in x.aminmax())
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise EvaluationError(
-            f"images lie in [{low:.4g}, {high:.4g}]: expected [0, 1]; put normalisation into the network"
+            f"images lie in [{low:.9g}, {high:.9g}]: expected [0, 1]; put normalisation into the network"
         )
 
 

@@ -126,6 +126,8 @@ def read_weights(path: str | Path) -> Checkpoint | Weights:
 
 def _read(path: Path) -> Any:
     """What torch.save wrote, if it is made of tensors and plain data."""
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is a folder; give a file, such as {path / 'best.ckpt'}")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:

@@ -35,7 +35,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
         known, where = sorted(str(key) for key in error.parent_node), str(error.full_key).rpartition(".")[0]
         near = guess(str(error.key), known)
-        return f"unknown key {error.full_key}: {where or 'the configuration'} has {', '.join(known)}{near}"
+        has = ", ".join(known) or f"none so far; +{error.full_key}=<value> adds it"
+        return f"unknown key {error.full_key}: {where or 'the configuration'} has {has}{near}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: {error.full_key}=<path>"
     if isinstance(error, HydraException) and "INTERVAL_SWEEP" in str(error):
