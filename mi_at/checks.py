@@ -181,9 +181,12 @@ def check_net(net: nn.Module, data: ImageDataModule) -> None:
         raise ValueError(f"model: {name} does not take images {shape} of {data.name}: {error}") from error
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if found != (2, data.num_classes):
+        way = f"model.num_classes={data.num_classes} sets that where its constructor takes num_classes"
+        if not isinstance(logits, torch.Tensor):
+            way = "return the logits alone"
         raise ValueError(
             f"model: {name} gives {found} for images {shape}, but {data.name} has {data.num_classes} classes: expected "
-            f"logits (2, {data.num_classes}); set model.num_classes={data.num_classes}"
+            f"logits (2, {data.num_classes}); {way}"
         )
 
 

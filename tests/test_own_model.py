@@ -128,7 +128,7 @@ def test_an_option_of_its_own(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Pair", ("model: Pair gives tuple", "digits has 10 classes")),
+        ("Pair", ("model: Pair gives tuple", "digits has 10 classes", "return the logits alone")),
         ("Wide", ("model: Wide does not take images (2, 1, 8, 8) of digits",)),
         ("LazyWide", ("model: the size of layer layers.0 (LazyConv2d) ", "LazyWide does not take", "(2, 1, 8, 8)")),
         ("LazyUnused", ("model: a forward does not reach layer spare (LazyLinear)", "give the layer its size")),

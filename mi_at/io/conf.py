@@ -56,10 +56,12 @@ def register_resolvers() -> None:
     """Resolvers that conf/ uses.
 
     `${mul:a,b}` multiplies numbers or fractions; `${multiples:a,[b,c]}` is the list of a b and a c; `${larger:a,b}` is
-    the larger of two numbers; `${by_budget:p,s,t}` is s at budget short, t at smoke, p at others.
+    the larger of two numbers; `${if_l2:norm,eps}` is eps where the norm is l2, else null; `${by_budget:p,s,t}` is s at
+    budget short, t at smoke, p at others.
     """
     OmegaConf.register_new_resolver("multiples", lambda a, b: [parse_eps(a) * parse_eps(v) for v in b], replace=True)
     OmegaConf.register_new_resolver("larger", max, replace=True)
+    OmegaConf.register_new_resolver("if_l2", lambda norm, eps: eps if norm == "l2" else None, replace=True)
     OmegaConf.register_new_resolver("mul", lambda a, b: parse_eps(a) * parse_eps(b), replace=True)
     OmegaConf.register_new_resolver(
         "by_budget",
