@@ -78,7 +78,7 @@ def _work(net: nn.Module, plan: Plan, device: torch.device, folder: Path, thread
     torch.set_num_threads(threads)
     try:
         net.to(device)
-        with prepared(net, plan.seed), Progress({}, enabled=False) as bar:
+        with prepared(net, plan.seed), Progress(dict.fromkeys(plan.attacks, 1.0), enabled=False) as bar:
             Runner(net, plan, device, Pieces(folder), bar).run_free()
     except Exception as error:
         print(f"evaluation: a helping process ended: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

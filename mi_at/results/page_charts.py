@@ -292,8 +292,9 @@ def scatter(points: Sequence[Point], *, across: str, up: str, height: int = 300)
         parts.append(tag("text", number, x=x, y=y + 4, text_anchor="middle", class_="on-disc"))
     for number, p in enumerate(points, start=1):
         if p.y < edge:
-            words = f"{number} ↓ {100 * p.y:.1f} %"
-            parts.append(tag("text", words, x=_percent(x_of(p.x)), y=height - 6, text_anchor="middle", class_="head"))
+            words, place = f"{number} ↓ {100 * p.y:.1f} %", x_of(p.x)
+            anchor = "start" if place < 0.2 else "end" if place > 0.8 else "middle"  # within the plot
+            parts.append(tag("text", words, x=_percent(place), y=height - 6, text_anchor=anchor, class_="head"))
     title = f"{up} over {across}: " + "; ".join(
         f"{number}: {100 * p.x:.1f} %, {100 * p.y:.1f} %" for number, p in enumerate(points, start=1)
     )

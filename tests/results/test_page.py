@@ -130,16 +130,20 @@ def test_weights_trained_elsewhere(folder: Path, tmp_path: Path) -> None:
     names = {"weights": "theirs", "defense": "own", "regularizer": "none", "dataset": "cifar10", "model": "net"}
     other = replace(
         record,
-        names={**names, "evaluation": "quick"},
+        names={
+            **names,
+            "evaluation": "quick",
+            "typed": ["checkpoint=theirs v1.pt", "model._target_=my.Net", "dataset=cifar10"],
+        },
         checkpoint={"rule": "file", "name": "theirs v1.pt", "weights": "0123"},
         config={**record.config, "model": {"_target_": "my.Net"}},
     )
     plain = Tree(written(tmp_path / "page.html", [(other, None, None)])).text
-    wanted = "python -m mi_at.evaluate 'checkpoint=theirs v1.pt' model._target_=my.Net dataset=cifar10 evaluation=quick"
+    wanted = "python -m mi_at.evaluate 'checkpoint=theirs v1.pt' model._target_=my.Net dataset=cifar10"
     assert wanted in plain
     assert "theirs, trained elsewhere" in plain
     assert "weights theirs v1.pt" in plain
-    at_hand = replace(other, checkpoint={"rule": "at hand"})
+    at_hand = replace(other, names={**names, "evaluation": "quick"}, checkpoint={"rule": "at hand"})
     assert "- The record does not tell the command" in written(tmp_path / "page.html", [(at_hand, None, None)])
     assert page_data.short_names([other, replace(other, names={**names, "weights": "ours"})])[:2] == [
         "theirs quick",
