@@ -63,33 +63,34 @@ def evaluate(cfg: DictConfig) -> None:
 
     settings = config["evaluation"]
     attacks = io.build_attacks(settings)
-    data = io.build_data(config["dataset"])
-    data.prepare_data()
-    data.setup("test")
-    sizes(attacks, data.test_dataloader().num_images, n=settings["n"], n_of=settings["n_of"])
-    surrogate_file = stages.surrogate_file(config, files, train=None)
-    surrogate = stages.load_surrogate(surrogate_file, config, device) if surrogate_file else None
-    trained = found.path if isinstance(found, io.Checkpoint) else found
-    served = io.serve(trained, attacks, config, data, device=device, surrogate=surrogate)
-    if isinstance(found, io.Weights):
-        checks.check_net(served.net, data)
-    notes = found.path.parent / TRAINED
-    training = json.loads(notes.read_text()) if isinstance(found, io.Checkpoint) and notes.is_file() else None
-
     parent = Path(cfg.output) if cfg.output else found.path.parent / EVALUATIONS
     path = parent / f"{found.path.stem}-{name}-{config_hash(config)}" / RECORD
+    key = run_key(config, config["choices"])
     facts = {
         "checkpoint": origin,
         "data": f"{config['choices']['dataset']}, test split",
         "evaluation": f"{name}: {', '.join(attacks) or 'clean accuracy only'}",
         "record": str(path),
     }
-    key = run_key(config, config["choices"])
-    print_header(key, facts)
     if not cfg.again and (record := _finished(path, stands_for)):
+        print_header(key, facts)
         print_table(record)
         print(f"evaluated on {record.date[:10]}; again=true attacks anew")
         return
+
+    data = io.build_data(config["dataset"])
+    data.prepare_data()
+    data.setup("test")
+    sizes(attacks, data.test_dataloader().num_images, n=settings["n"], n_of=settings["n_of"])
+    surrogate_file = stages.surrogate_file(config, files, train=None)
+    surrogate = stages.load_surrogate(surrogate_file, config, device) if surrogate_file else None
+    served = io.serve(found, attacks, config, data, device=device, surrogate=surrogate)
+    if isinstance(found, io.Weights):
+        checks.check_net(served.net, data)
+    notes = found.path.parent / TRAINED
+    training = json.loads(notes.read_text()) if isinstance(found, io.Checkpoint) and notes.is_file() else None
+
+    print_header(key, facts)
     recorders = loggers.build(
         {logger: instantiate(node, _partial_=True) for logger, node in (cfg.logger or {}).items()},
         folder=path.parent,
@@ -197,12 +198,14 @@ def _given() -> list[str]:
 
 
 def _typed() -> list[str]:
-    """What the command line says of the numbers, files by their names alone: a record may be shown to others."""
+    """What the command line says of the numbers, without paths: a record may be shown to others."""
     said = []
     for override in HydraConfig.get().overrides.task:
         key, _, value = override.partition("=")
-        if key == "checkpoint" or (value and Path(value).is_file()):
+        if key == "checkpoint":
             said.append(f"{key}={Path(value).name}")
+        elif value and Path(value).is_file():
+            said.append(f"{key}=<file>")
         elif not any(
             f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, "processes", "trainer", "again")
         ):
@@ -338,16 +341,16 @@ def robustness(
             "evaluation": evaluation,
         },
     }
-    if not isinstance(data, str):  # a protocol's own numbers are those of a whole test split
-        named = {override.lstrip("+").partition("=")[0] for override in overrides}
-        for name, count in config["evaluation"]["n_of"].items():
-            if f"evaluation.n_of.{name}" not in named:
-                config["evaluation"]["n_of"][name] = min(count, len(source.y))
     if isinstance(data, str):
         source = io.build_data(config["dataset"])
         source.prepare_data()
         source.setup("test")
         checks.check_net(net, source)
+    else:  # a protocol's own numbers are those of a whole test split
+        named = {override.lstrip("+").partition("=")[0] for override in overrides}
+        for name, count in config["evaluation"]["n_of"].items():
+            if f"evaluation.n_of.{name}" not in named:
+                config["evaluation"]["n_of"][name] = min(count, len(source.y))
     record, outcomes = assess(
         net,
         io.bind(io.build_attacks(config["evaluation"]), guides=lambda: io.guides_of(source.test_dataloader())),

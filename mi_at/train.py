@@ -176,7 +176,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
             )
         data.setup("test")
         surrogate = stages.load_surrogate(surrogate_file, config, device) if surrogate_file else None
-        ready = io.serve(served.path, attacks, config, data, device=device, surrogate=surrogate)
+        ready = io.serve(served, attacks, config, data, device=device, surrogate=surrogate)
         record = measured(
             ready.net,
             ready.attacks,

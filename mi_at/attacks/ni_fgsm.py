@@ -51,7 +51,8 @@ def ni_fgsm(
         >>> ni_fgsm(lambda x: x.sum(1), torch.full((1, 2), 0.5), eps=0.25, step_size=0.125, steps=2)
         tensor([[0.7500, 0.7500]])
     """
-    eps, step_size = check_eps(eps, "linf"), check_step(step_size, steps, "linf", eps=eps)
+    eps = check_eps(eps, "linf")
+    step_size = check_step(step_size, steps, "linf", eps=eps)
     check_decay(decay)
     check_images(x)
     with torch.inference_mode(False), torch.enable_grad():

@@ -57,6 +57,17 @@ def dlr(net: Callable[[Tensor], Tensor], y: Tensor) -> Objective:
     return lambda x: margins.dlr(_logits(net(x)), y)
 
 
+def check_tap(net: Any, tap: str) -> None:
+    """Refuse a layer that a network does not name.
+
+    Raises:
+        ValueError: naming those it has.
+    """
+    names = getattr(net, "tap_names", None)
+    if names is None or tap not in names:
+        raise ValueError(f"tap={tap!r}: expected one of {', '.join(names or ('(the network has no taps)',))}")
+
+
 def representation_distance(net: Any, tap: str, target: Tensor) -> Objective:
     """Squared distance between a tap's output and a target representation.
 
@@ -68,9 +79,7 @@ def representation_distance(net: Any, tap: str, target: Tensor) -> Objective:
     Raises:
         ValueError: the network has no such tap.
     """
-    names = getattr(net, "tap_names", None)
-    if names is None or tap not in names:
-        raise ValueError(f"tap={tap!r}: expected one of {', '.join(names or ('(the network has no taps)',))}")
+    check_tap(net, tap)
     target = _ordinary(target)
 
     def distance(x: Tensor) -> Tensor:

@@ -32,9 +32,7 @@ def representation(net: Any, tap: str, x: Tensor) -> Tensor:
     Raises:
         ValueError: the network has no such tap.
     """
-    names = getattr(net, "tap_names", None)
-    if names is None or tap not in names:
-        raise ValueError(f"tap={tap!r}: expected one of {', '.join(names or ('(the network has no taps)',))}")
+    objectives.check_tap(net, tap)
     with torch.no_grad():
         found: Tensor = net.forward_taps(x, (tap,))[1][tap]
     return found

@@ -75,7 +75,8 @@ def ti_dim(
         >>> float(x_adv.min())
         0.75
     """
-    eps, step_size = check_eps(eps, "linf"), check_step(step_size, steps, "linf", eps=eps)
+    eps = check_eps(eps, "linf")
+    step_size = check_step(step_size, steps, "linf", eps=eps)
     check_decay(decay)
     _check(prob=prob, low=low, high=high, resize=resize, kernel_size=kernel_size, nsig=nsig)
     check_images(x)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mi_at.attacks.objectives import check_tap
 from mi_at.attacks.packing import BatchSize, Kept, out_of_memory, tensor
 from mi_at.data.batch import Batch
 from mi_at.evaluation.outcomes import (
@@ -343,12 +344,12 @@ def _for_classes(attack: Any, classes: int) -> EvalAttack:
 
 def _check_taps(net: nn.Module, attacks: Mapping[str, Any]) -> None:
     """Before hours of other attacks: a layer that one of them looks at must be there."""
-    known = getattr(net, "tap_names", ())
     for name, attack in attacks.items():
-        tap = getattr(attack, "tap", None)
-        if tap is not None and tap not in known:
-            has = ", ".join(known) or "(the network has no taps: leave the attack out)"
-            raise EvaluationError(f"attack {name}: tap={tap!r}: expected one of {has}")
+        if (tap := getattr(attack, "tap", None)) is not None:
+            try:
+                check_tap(net, tap)
+            except ValueError as error:
+                raise EvaluationError(f"attack {name}: {error}") from error
 
 
 def _with_surrogates(

@@ -402,7 +402,7 @@ def without_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """
     x = x.detach().clone().requires_grad_()
     value = F.cross_entropy(net(x).float(), y.to(x.device), reduction="sum")
-    gradient: Tensor | None = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    gradient: Tensor | None = torch.autograd.grad(value, x, allow_unused=True)[0]
     if gradient is None:
         return torch.ones(len(x), dtype=torch.bool)
     flat = gradient.flatten(1)

@@ -182,11 +182,11 @@ def _finished_epochs(raw: Mapping[str, Any]) -> int:
     return int(epochs["completed"]) + int(running and last_batch)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> nn.Module:
     """The trained network of a checkpoint, in eval mode.
 
     Args:
-        path: best.ckpt, last.ckpt or epoch_076.ckpt of a run.
+        path: best.ckpt, last.ckpt or epoch_076.ckpt of a run, or what was read of it.
         device: where to put it.
 
     Returns:
@@ -195,14 +195,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     Raises:
         FileNotFoundError, CheckpointError: as `read_checkpoint`; also weights that do not fit the configured network.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = _checkpoint(path)
     net = build_net(checkpoint.config["model"])
     build_defense(checkpoint.config, net)
     load_weights(net, checkpoint)
     return net.to(device).eval()
 
 
-def load_defense(path: str | Path, device: str | torch.device = "cpu") -> Defense:
+def load_defense(path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> Defense:
     """The defense of a checkpoint around its trained network, its own and its regularizers' states restored.
 
     For what needs more than the network: the training loss (centroids, estimators), the taps that were regularized.
@@ -217,11 +217,11 @@ def load_defense(path: str | Path, device: str | torch.device = "cpu") -> Defens
     Raises:
         FileNotFoundError, CheckpointError: as `load`; also states that do not fit the configured defense.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = _checkpoint(path)
     return _defense(checkpoint, checkpoint.state, device)
 
 
-def load_raw(path: str | Path, device: str | torch.device = "cpu") -> nn.Module | None:
+def load_raw(path: str | Path | Checkpoint, device: str | torch.device = "cpu") -> nn.Module | None:
     """The network of the weights that training went on with, where `load` gives their average.
 
     Args:
@@ -234,8 +234,13 @@ def load_raw(path: str | Path, device: str | torch.device = "cpu") -> nn.Module 
     Raises:
         FileNotFoundError, CheckpointError: as `load_defense`.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = _checkpoint(path)
     return _defense(checkpoint, checkpoint.raw, device).net if checkpoint.raw else None
+
+
+def _checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
+    """Read, unless it was."""
+    return path if isinstance(path, Checkpoint) else read_checkpoint(path)
 
 
 def _defense(checkpoint: Checkpoint, state: Mapping[str, torch.Tensor], device: str | torch.device) -> Defense:

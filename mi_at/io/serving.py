@@ -17,7 +17,7 @@ from mi_at.defenses.base import Defense
 from mi_at.defenses.mi_estimators import MIEstimators
 from mi_at.evaluation.mutual_information import CRITICS
 from mi_at.evaluation.outcomes import EvalAttack
-from mi_at.io.checkpoints import Weights, load, load_defense, load_own, load_raw, read_checkpoint
+from mi_at.io.checkpoints import Checkpoint, Weights, load, load_defense, load_own, load_raw, read_checkpoint
 
 AUTO_TAP, FEATURES = "auto", "features"
 GUIDES = 1000
@@ -104,7 +104,7 @@ class Served:
 
 
 def serve(
-    trained: str | Path | Weights,
+    trained: Checkpoint | Weights,
     attacks: Mapping[str, EvalAttack],
     config: Mapping[str, Any],
     data: ImageDataModule,
@@ -115,7 +115,7 @@ def serve(
     """A trained network and its evaluation's attacks, ready for `mi_at.results.measure.measure`.
 
     Args:
-        trained: path of a checkpoint of mi_at, or weights that were trained elsewhere.
+        trained: a checkpoint of mi_at, or weights that were trained elsewhere.
         attacks: as `build_attacks` gives them.
         config: resolved; its `evaluation` and `dataset`, and `model` for weights.
         data: set up for "test"; guides of the representation attack are drawn from its first images.
@@ -123,7 +123,7 @@ def serve(
         surrogate: that transfer attacks are made on.
 
     Raises:
-        FileNotFoundError, CheckpointError: as `load` and `load_own`.
+        CheckpointError: as `load` and `load_own`.
         ValueError: as `bind`.
     """
     evaluation, defense = config["evaluation"], None
@@ -136,9 +136,10 @@ def serve(
     ):
         defense = load_defense(trained, device)
         net = defense.net
-        raw = load_raw(trained, device)
-        variants = {} if raw is None else {"the raw weights": raw}
-        adaptive = adaptive_attacks(defense, evaluation) if evaluation.get("audit") else None
+        if evaluation.get("audit"):
+            raw = load_raw(trained, device)
+            variants = {} if raw is None else {"the raw weights": raw}
+            adaptive = adaptive_attacks(defense, evaluation)
     else:
         net = load(trained, device)
     bound = bind(attacks, surrogate=surrogate, defense=defense, guides=lambda: guides_of(data.test_dataloader()))
@@ -197,7 +198,8 @@ def load_surrogate(path: str | Path, dataset: Mapping[str, Any], device: str | t
         FileNotFoundError, CheckpointError: as `load`.
         ValueError: it was trained on another data set.
     """
-    config = read_checkpoint(path).config
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.config
     theirs = config["dataset"]
     for key in ("name", "num_classes", "channels", "image_size"):
         if theirs.get(key) != dataset.get(key):
@@ -207,4 +209,4 @@ def load_surrogate(path: str | Path, dataset: Mapping[str, Any], device: str | t
             )
     chosen = config.get("choices") or {}
     name = "-".join(str(chosen.get(group, group)) for group in ("defense", "dataset", "model"))
-    return Surrogate(load(path, device), name)
+    return Surrogate(load(checkpoint, device), name)

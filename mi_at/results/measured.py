@@ -111,6 +111,11 @@ class Line:
         return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
 
     @property
+    def counted(self) -> tuple[int, int] | None:
+        """Images that are right, on average over the seeds, and all; None where nothing was run."""
+        return None if self.mean is None or self.n is None else (round(self.mean * self.n / 100), self.n)
+
+    @property
     def difference(self) -> float | None:
         """Measured minus printed, in points."""
         printed = self.reported.value if self.reported else None

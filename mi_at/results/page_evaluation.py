@@ -273,7 +273,7 @@ def _what(record: Record) -> Html:
         repeat = not_run("The record does not tell the command.")
     else:
         words = (
-            "It is the command as it was typed, files by their names: the configuration comes out as "
+            "It is the command as it was typed, without paths: the configuration comes out as "
             if record.names.get("typed")
             else "It makes the same choices. Single values that were set on the command line besides are not in it: "
             "the run's configuration must come out as "

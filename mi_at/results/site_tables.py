@@ -16,7 +16,7 @@ from mi_at.results.table_text import (
     command,
     difference,
     doubts,
-    interval_text,
+    few_images,
     measured,
     reported,
     row_name,
@@ -134,7 +134,7 @@ def _measured(site: Site, line: Line) -> Html:
     spread = "" if line.std is None else f" ± {line.std:.2f}"
     shown = tag("b", f"{line.mean:.2f}", spread)
     page = next((site.runs[path] for path in line.sources.values() if path in site.runs), None)
-    return tag("span", unseen, shown if page is None else link(shown, page, under=True), interval_text(line))
+    return tag("span", unseen, shown if page is None else link(shown, page, under=True), few_images(line))
 
 
 def _sign(text: str) -> str:

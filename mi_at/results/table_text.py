@@ -6,11 +6,10 @@ import csv
 import io as streams
 from collections.abc import Mapping, Sequence
 
-from mi_at.evaluation.intervals import wilson
 from mi_at.results.measured import Filled, Line
 from mi_at.results.significance import Against, Key, against, key_of_line
 from mi_at.results.statistics import p_text
-from mi_at.results.terminal import BARE_FROM, NOT_RUN, columns, markdown_row
+from mi_at.results.terminal import NOT_RUN, columns, interval, interval_text, markdown_row
 
 HEADINGS = ("row", "attack", "reported", "measured (seeds)", "n", "difference", "flags", "audit")
 VERSUS = "to the baseline, points [95 %]"
@@ -100,24 +99,15 @@ def measured(line: Line) -> str:
     if line.mean is None:
         return NOT_RUN
     spread = "" if line.std is None else f" +- {line.std:.2f}"
-    return f"{line.mean:.2f}{spread}{interval_text(line)} ({len(line.values)})"
+    return f"{line.mean:.2f}{spread}{few_images(line)} ({len(line.values)})"
 
 
-def interval(line: Line) -> tuple[float, float] | None:
-    """The 95 % interval of a mean in per cent, where it is of so few images that no number stands without one.
+def few_images(line: Line) -> str:
+    """The 95 % interval as the end of a mean that is of too few images to stand without one.
 
     It is that of the images, the same ones under every seed; that of the seeds is another.
     """
-    if line.mean is None or line.n is None or line.n >= BARE_FROM:
-        return None
-    low, high = wilson(round(line.mean * line.n / 100), line.n)
-    return 100 * low, 100 * high
-
-
-def interval_text(line: Line) -> str:
-    """The same as the end of a number; empty where there is none."""
-    bounds = interval(line)
-    return "" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+    return interval_text(*line.counted) if line.counted else ""
 
 
 def difference(line: Line) -> str:
@@ -210,7 +200,7 @@ def _csv(filled: Filled) -> str:
     writer.writerow(CSV)
     for line in filled.lines:
         number = line.reported
-        low, high = interval(line) or (None, None)
+        low, high = (interval(*line.counted) if line.counted else None) or (None, None)
         values = {
             "table": filled.table.name,
             "cell": line.cell,

@@ -128,8 +128,26 @@ def format_accuracy(correct: int, n: int) -> str:
     """
     if n >= BARE_FROM:
         return f"{100 * correct / n:.2f}"
+    return f"{100 * correct / n:.1f}{interval_text(correct, n)}"
+
+
+def interval_text(correct: int, n: int) -> str:
+    """The 95 % interval in per cent as the end of a number; empty where n is large enough for a bare one.
+
+    Example:
+        >>> interval_text(84, 100), interval_text(8400, 10000)
+        (' [75.6, 89.9]', '')
+    """
+    bounds = interval(correct, n)
+    return "" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
+def interval(correct: int, n: int) -> tuple[float, float] | None:
+    """The 95 % interval in per cent; None where n is large enough for a bare number."""
+    if n >= BARE_FROM:
+        return None
     low, high = wilson(correct, n)
-    return f"{100 * correct / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return 100 * low, 100 * high
 
 
 def format_eps(eps: float | str) -> str:

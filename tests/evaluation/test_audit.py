@@ -61,6 +61,10 @@ def adversarially_trained(net: nn.Module, x: Tensor, y: Tensor, *, eps: float, e
 
 @pytest.fixture(scope="module")
 def robust() -> Task:
+    return robust_on_digits()
+
+
+def robust_on_digits() -> Task:
     """A network that is robust to some degree, and the test images."""
     digits = Digits(batch_size=64, val_size=0)
     train, test = digits.read("train"), digits.read("test")

@@ -12,8 +12,7 @@ from mi_at import io
 from mi_at.data.digits import Digits
 from mi_at.evaluation import EvaluationResult, evaluate
 from mi_at.evaluation.audit_findings import points
-from mi_at.models.cnn import CNNTiny
-from tests.evaluation.test_audit import EPS, adversarially_trained
+from tests.evaluation.test_audit import EPS, robust_on_digits
 
 pytestmark = pytest.mark.slow
 
@@ -38,11 +37,7 @@ def test_standard_gives_the_same_answer_in_any_batches_and_by_any_processes(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Ours per sample; AutoAttack, whose noise depends on its batch, to 0.5 points or 2 paired standard errors."""
-    train = Digits(batch_size=64, val_size=0).read("train")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = CNNTiny(num_classes=10, in_channels=1, image_size=8, width=0.5)
-    net = adversarially_trained(net, train.x.float() / 255, train.y, eps=EPS, epochs=6, steps=3)
+    net, _, _ = robust_on_digits()
     expected = standard(net)
     assert 0.2 < expected["autoattack"].accuracy < expected["clean"].accuracy
     for way, options in WAYS.items():

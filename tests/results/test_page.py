@@ -133,13 +133,13 @@ def test_weights_trained_elsewhere(folder: Path, tmp_path: Path) -> None:
         names={
             **names,
             "evaluation": "quick",
-            "typed": ["checkpoint=theirs v1.pt", "model._target_=my.Net", "dataset=cifar10"],
+            "typed": ["checkpoint=theirs v1.pt", "model._target_=my.Net", "dataset=cifar10", "evaluation=quick"],
         },
         checkpoint={"rule": "file", "name": "theirs v1.pt", "weights": "0123"},
         config={**record.config, "model": {"_target_": "my.Net"}},
     )
     plain = Tree(written(tmp_path / "page.html", [(other, None, None)])).text
-    wanted = "python -m mi_at.evaluate 'checkpoint=theirs v1.pt' model._target_=my.Net dataset=cifar10"
+    wanted = "python -m mi_at.evaluate 'checkpoint=theirs v1.pt' model._target_=my.Net dataset=cifar10 evaluation=quick"
     assert wanted in plain
     assert "theirs, trained elsewhere" in plain
     assert "weights theirs v1.pt" in plain
