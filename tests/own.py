@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from mi_at.regularizers.base import Regularizer, Views
+from mi_at.results.loggers import MetricsFile
 
 
 class DropoutNet(nn.Module):
@@ -51,12 +53,23 @@ class Planted(Regularizer):
 class Interrupt(Callback):
     """Sends this process a signal at a point of the run that the environment names; without it, does nothing.
 
-    INTERRUPT=KILL:train_batch_end:5 is SIGKILL when that hook runs with 5 finished steps.
+    INTERRUPT=KILL:train_batch_end:5 is SIGKILL when that hook runs with 5 finished steps, KILL:log_step:5 when the row
+    numbered 5 is to be written, KILL:log_epoch:5 when the epoch's values are to be added to it.
     """
 
     def __init__(self) -> None:
         name, self._hook, self._step = (os.environ.get("INTERRUPT") or "::").split(":")
         self._signal = getattr(signal, f"SIG{name}", None)
+        if self._hook.startswith("log_"):
+            self._watch(MetricsFile.log_metrics)
+
+    def _watch(self, log_metrics: Callable[..., None]) -> None:
+        def log(file: MetricsFile, metrics: Mapping[str, Any], step: int | None = None) -> None:
+            if str(step) == self._step and self._hook == ("log_epoch" if "train/clean" in metrics else "log_step"):
+                os.kill(os.getpid(), self._signal or 0)
+            log_metrics(file, metrics, step)
+
+        MetricsFile.log_metrics = log  # type: ignore[method-assign]
 
     def _reach(self, hook: str, trainer: Trainer) -> None:
         if self._signal is not None and hook == self._hook and trainer.global_step == int(self._step):

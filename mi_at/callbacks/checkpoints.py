@@ -27,6 +27,9 @@ BY_HAND = 130
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint whole or not at all, and load nothing but tensors and plain data."""
 
+    HELD = ".held"
+    """Ending of a checkpoint that does not count yet."""
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
@@ -47,6 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 part.unlink()
+            target = target.with_name(target.name.removesuffix(self.HELD))
             kept = "the previous one is intact" if target.exists() else "there was none before"
             # torch reports a full disk as a RuntimeError of its own, in the context of what happened.
             why = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -106,6 +110,9 @@ class Last(Checkpoint):
     Within an epoch it is written after a step that is not the epoch's last: there the epoch's end follows anyway, and
     Lightning could not tell afterwards whether validation had run.
 
+    Lightning logs a step, or an epoch, after the hook in which it can be saved. What is written there counts from the
+    next hook on: a run that is killed between the two resumes from the file before, and its metrics lack no row.
+
     Args:
         folder: the run folder.
         every_n_steps: also within an epoch; 0: only at its end.
@@ -113,6 +120,27 @@ class Last(Checkpoint):
 
     def __init__(self, folder: str | Path, *, every_n_steps: int = 200) -> None:
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
+        self._held: Path | None = None
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a file that does not count yet."""
+        held = self.path.with_name(f"{self.path.name}{AtomicCheckpointIO.HELD}")
+        trainer.save_checkpoint(held)
+        self._held = held if trainer.is_global_zero else None
+
+    def release(self) -> None:
+        """Let what was written count."""
+        if self._held is not None:
+            self._held.replace(self.path)
+            self._held = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The epoch before is logged."""
+        self.release()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The step before is logged."""
+        self.release()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,11 +148,15 @@ class Last(Checkpoint):
         """Save within an epoch."""
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         if due and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after an epoch."""
-        trainer.save_checkpoint(self.path)
+        self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last epoch is logged."""
+        self.release()
 
 
 class KeepEpochs(Checkpoint):
@@ -192,7 +224,7 @@ class Preemption(Callback):
         if trainer.is_last_batch or (trainer.world_size > 1 and batch_idx % 10):  # an epoch's end is saved anyway
             return
         if self._agreed(trainer):
-            trainer.save_checkpoint(self.last.path)
+            self.last.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As after a step."""
@@ -220,6 +252,7 @@ class Preemption(Callback):
     def _leave(self, trainer: Trainer) -> None:
         if not self._leaving:
             return
+        self.last.release()
         if trainer.is_global_zero:
             print(f"preempted: saved {self.last.path}; continue with resume=true", flush=True)
         status = INTERRUPTED if self._received != signal.SIGINT else BY_HAND

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
 
 from mi_at import io
 from mi_at.callbacks.checkpoints import INTERRUPTED, AtomicCheckpointIO, Best, KeepEpochs, Last, Preemption
@@ -100,8 +101,8 @@ class Told(StandardAT):
         self.log("val/robust", self.scores[self.current_epoch], batch_size=1)
 
 
-class Saved(Callback):
-    """Which steps were saved where."""
+class Saved(Checkpoint):
+    """Which steps were saved where; behind the callbacks that save."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[int]] = {}
@@ -123,7 +124,7 @@ class Saved(Callback):
 def test_best_is_the_highest_and_the_first_of_equals(tmp_path: Path) -> None:
     saved, best = Saved(), Best(tmp_path)
     module = fits.module(defense=Told(10.0, 30.0, 20.0, 30.0), epochs=4)
-    fits.fit(tmp_path, [saved, best], epochs=4, train=2, val=1, defense=module)
+    fits.fit(tmp_path, [best, saved], epochs=4, train=2, val=1, defense=module)
     assert saved.steps == {"best.ckpt": [2, 4]}
     assert best.best_model_score == 30.0
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["best.ckpt"], "no version counter"
@@ -147,7 +148,7 @@ def test_last_is_written_at_the_end_of_an_epoch_and_every_n_steps(
     tmp_path: Path, every: int, expected: list[int]
 ) -> None:
     saved = Saved()
-    fits.fit(tmp_path, [saved, Last(tmp_path, every_n_steps=every)], epochs=2, train=5, val=1)
+    fits.fit(tmp_path, [Last(tmp_path, every_n_steps=every), saved], epochs=2, train=5, val=1)
     assert saved.steps == {"last.ckpt": expected}
 
 
