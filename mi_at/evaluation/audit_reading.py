@@ -13,6 +13,8 @@ from mi_at.evaluation.outcomes import out_of_reach
 
 # docs/AUDIT.md: below it the 95 % interval of an accuracy is wider than 6 points (+-3.1 at 50 %).
 SMALL_N = 1000
+# docs/AUDIT.md: with fewer, one image is more than 5 points, and no check can pass for certain.
+FEW_RIGHT = 20
 # docs/AUDIT.md; AutoAttack claims to hold what PGD finds.
 SUBSUMPTION_POINTS = 0.3
 # docs/AUDIT.md: a term below a thousandth of loss and gradient cannot be told from rounding in bfloat16.
@@ -67,7 +69,14 @@ TERMS = Check(
 
 
 def n_small(case: Case) -> Finding:
-    """Rows on few images."""
+    """Rows on few images, or few that the audit's own attacks can look at."""
+    if len(case.base) < FEW_RIGHT:
+        return N_SMALL.says(
+            "info",
+            f"{len(case.base)} of the {len(case.looked)} images looked at are right when clean",
+            meaning="the audit's own attacks have hardly an image to break: that they find nothing says little",
+            todo=f"audit with a larger n= (images that are right: {FEW_RIGHT} or more), or train for longer",
+        )
     if case.result is None:
         return N_SMALL.unknown("no evaluation was given", "give result=, the evaluation that is audited")
     rows = [case.result.clean, *case.result.attacks.values()]

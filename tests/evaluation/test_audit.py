@@ -418,6 +418,16 @@ def test_n_small() -> None:
     assert (finding.severity, finding.measured) == ("info", "images: aa 999")
 
 
+def test_n_small_where_hardly_an_image_is_right() -> None:
+    """The other checks would pass for want of images; the verdict is no pass."""
+    (x, y), net = PIXEL, planted.OnePixel(EPS, lambda u: u - 2)
+    for right, told in ((19, True), (20, False)):
+        labels = torch.where(torch.arange(len(y)) < right, y, 1 - y)
+        finding = audited(net, x, labels, "n_small", result=outcomes(1000))["n_small"]
+        assert finding.severity == ("info" if told else "pass")
+        assert (finding.measured == "19 of the 60 images looked at are right when clean") is told
+
+
 @pytest.mark.parametrize(
     ("training", "check", "severity"),
     [
