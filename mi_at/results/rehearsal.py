@@ -2,7 +2,8 @@
 
 The defense, its terms, the inner maximisation and adversarial weight perturbation are those of the run, so that there
 is no formula per method. Convolutions and matrix products count. A pass over the training set is one batch, that many
-times; epochs that cost alike are counted once.
+times; epochs that cost alike are counted once; and an attack takes one step and two, for all further ones cost as much
+as the second.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,9 @@ class Cost:
 
     def __mul__(self, times: float) -> Cost:
         return Cost(self.fp32 * times, self.bf16 * times)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.fp32 - other.fp32, self.bf16 - other.bf16)
 
 
 @dataclass(frozen=True)
@@ -138,37 +142,42 @@ def count_training(
         bf16: whether training runs under autocast; what the attack does is its own.
         validations: those of other trainings, of which the same need not be counted again; this one is added.
     """
-    known: dict[int, _Epoch] = {}
+    brief: dict[int, _Epoch] = {}  # with one step of the attack
+    known: dict[Cost, _Epoch] = {}  # with all of them, by the cost with one
+    final = _Rehearsal(make, size, bf16)
 
-    def rehearsed(epoch: int) -> _Epoch:
-        if epoch not in known:
-            known[epoch] = _Rehearsal(make, size, bf16).epoch(epoch)
-        return known[epoch]
+    def rehearsed(epoch: int) -> Cost:
+        if epoch not in brief:
+            brief[epoch] = one = _Rehearsal(make, size, bf16, attack_steps=1).epoch(epoch, read=False)
+            if epoch == 0 or one.cost not in known:
+                two = _Rehearsal(make, size, bf16, attack_steps=2).epoch(epoch)
+                known[one.cost] = one.with_steps(two, final.attack_steps)
+        return brief[epoch].cost
 
     def between(first: int, last: int) -> None:
         """Where two epochs cost alike, so do those between them."""
-        if last - first > 1 and rehearsed(first).cost != rehearsed(last).cost:
+        if last - first > 1 and rehearsed(first) != rehearsed(last):
             middle = (first + last) // 2
             rehearsed(middle)
             between(first, middle)
             between(middle, last)
 
     last = size.epochs - 1
-    rehearsed(0), rehearsed(last)
+    start = known[rehearsed(0)].start
+    rehearsed(last)
     between(0, last)
     costs: list[Cost] = []
     for epoch in range(size.epochs):
-        costs.append(known[epoch].cost if epoch in known else costs[-1])
-    final = _Rehearsal(make, size, bf16)
+        costs.append(known[brief[epoch].cost].cost if epoch in brief else costs[-1])
     validation, at_validation = final.validation({} if validations is None else validations)
     steps = size.epochs * math.ceil(size.images / size.batch)
     readings = math.ceil(steps / final.inspect_every) if final.inspect_every else 0
     return Training(
-        start=known[0].start,
-        step=known[last].step,
+        start=start,
+        step=known[brief[last].cost].step,
         epochs=tuple(costs),
         validation=validation,
-        readings=known[last].reading * readings,
+        readings=known[brief[last].cost].reading * readings,
         size=size,
         memory=final.kept() + max(at_validation, *(each.peak for each in known.values())),
     )
@@ -216,12 +225,36 @@ class _Epoch:
     reading: Cost
     peak: int
 
+    def with_steps(self, two: _Epoch, steps: int) -> _Epoch:
+        """This epoch, rehearsed with one step of the attack, with more of them, by what a second one adds."""
+
+        def more(one: Cost, other: Cost) -> Cost:
+            return one + (other - one) * (steps - 1)
+
+        return _Epoch(
+            more(self.cost, two.cost),
+            more(self.step, two.step),
+            more(self.start, two.start),
+            two.reading,  # of the terms, not of the attack
+            max(self.peak, two.peak),
+        )
+
 
 class _Rehearsal:
     """A defense on a stage: the hooks of a training are called in its order, without a Trainer."""
 
-    def __init__(self, make: Make, size: Size, bf16: bool, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        make: Make,
+        size: Size,
+        bf16: bool,
+        *,
+        device: torch.device | None = None,
+        attack_steps: int | None = None,
+    ) -> None:
         self.defense, self.callbacks = make()
+        if attack_steps is not None:
+            self._examples.budget = replace(self._examples.budget, steps=attack_steps)
         self.size, self.bf16, self.device = size, bf16, device
         if device is None:
             hollow_out(self.defense)
@@ -239,8 +272,8 @@ class _Rehearsal:
         )
         self.terms = list(self.defense.added_terms().values())
 
-    def epoch(self, epoch: int) -> _Epoch:
-        """Count one epoch: its first step, another one, a reading of the terms' shares, and its end."""
+    def epoch(self, epoch: int, *, read: bool = True) -> _Epoch:
+        """Count one epoch: its first step, another one, a reading of the terms' shares where asked, and its end."""
         size, start = self.size, Cost()
         with FlopCount() as count:
             self._each(lambda term: term.on_fit_start(self._context(0, count)))
@@ -260,7 +293,7 @@ class _Rehearsal:
             costs.append(_cost(count))
             peaks.append(count.peak)
         first, other = costs[0], costs[-1]
-        reading = self._reading(batch) if self.inspect_every else Cost()
+        reading = self._reading(batch) if read and self.inspect_every else Cost()
         with FlopCount() as count:
             self._each(lambda term: term.on_epoch_end(self._context(epoch + 1, count)))
         peaks.append(count.peak)
@@ -312,6 +345,11 @@ class _Rehearsal:
             of_optimizer = 2 if "betas" in options else int(bool(options.get("momentum")))
         copies = sum(isinstance(callback, WeightAveraging) for callback in self.callbacks)
         return sum(w.nbytes for w in weights) * (1 + copies) + trained * of_optimizer
+
+    @property
+    def attack_steps(self) -> int:
+        """Of the inner maximisation."""
+        return self._examples.budget.steps
 
     @property
     def _examples(self) -> AdversarialExamples:
