@@ -177,7 +177,7 @@ def check_net(net: nn.Module, data: ImageDataModule) -> None:
     try:
         with attacking(net), torch.no_grad():
             logits = net(torch.zeros(shape))
-    except RuntimeError as error:
+    except Exception as error:
         raise ValueError(f"model: {name} does not take images {shape} of {data.name}: {error}") from error
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if found != (2, data.num_classes):

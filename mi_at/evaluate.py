@@ -21,9 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from mi_at import checks, io, stages
+from mi_at.data.base import ImageDataModule
 from mi_at.data.batch import Batch
-from mi_at.evaluation.evaluate import sizes
-from mi_at.evaluation.outcomes import EvaluationResult
+from mi_at.evaluation.evaluate import identity_of, sizes
+from mi_at.evaluation.outcomes import EvaluationResult, Identity
 from mi_at.functional.geometry import parse_eps
 from mi_at.results import loggers
 from mi_at.results.measure import assess, measure
@@ -72,12 +73,6 @@ def evaluate(cfg: DictConfig) -> None:
         "evaluation": f"{name}: {', '.join(attacks) or 'clean accuracy only'}",
         "record": str(path),
     }
-    if not cfg.again and (record := _finished(path, stands_for)):
-        print_header(key, facts)
-        print_table(record)
-        print(f"evaluated on {record.date[:10]}; again=true attacks anew")
-        return
-
     data = io.build_data(config["dataset"])
     data.prepare_data()
     data.setup("test")
@@ -87,6 +82,11 @@ def evaluate(cfg: DictConfig) -> None:
     served = io.serve(found, attacks, config, data, device=device, surrogate=surrogate)
     if isinstance(found, io.Weights):
         checks.check_net(served.net, data)
+    if not cfg.again and (record := _finished(path, stands_for, served.net, data, settings, device)):
+        print_header(key, facts)
+        print_table(record)
+        print(f"evaluated on {record.date[:10]}; again=true attacks anew")
+        return
     notes = found.path.parent / TRAINED
     training = json.loads(notes.read_text()) if isinstance(found, io.Checkpoint) and notes.is_file() else None
 
@@ -117,13 +117,23 @@ def evaluate(cfg: DictConfig) -> None:
         loggers.log_evaluation(recorders, record, path=path)
 
 
-def _finished(path: Path, checkpoint: Mapping[str, Any]) -> Record | None:
-    """The record of the same evaluation of the same weights, if it is there and whole."""
+def _finished(
+    path: Path,
+    checkpoint: Mapping[str, Any],
+    net: nn.Module,
+    data: ImageDataModule,
+    settings: Mapping[str, Any],
+    device: str,
+) -> Record | None:
+    """The record of the same evaluation of the same network and images, if it is there and whole."""
     try:
         record = read_record(path)
     except RecordError:
         return None
-    return record if {key: record.checkpoint.get(key) for key in checkpoint} == dict(checkpoint) else None
+    if {key: record.checkpoint.get(key) for key in checkpoint} != dict(checkpoint):
+        return None
+    now = identity_of(net, data.test_dataloader(), device=device, seed=settings["seed"], n=settings["n"])
+    return record if now.is_that_of(Identity.of_plain(record.identity)) else None
 
 
 def _config_of_run(cfg: DictConfig, served: io.Checkpoint) -> dict[str, Any]:
@@ -307,7 +317,7 @@ def robustness(
         8
     """
     if not isinstance(net, nn.Module):
-        raise ValueError(f"net={net!r}: expected a torch.nn.Module; wrap a function in one")
+        raise ValueError(f"net of type {type(net).__name__}: expected a torch.nn.Module; wrap a function in one")
     for key, value in {"eps": eps, "step_size": step_size}.items():
         try:
             parse_eps(0 if value is None else value)
@@ -316,6 +326,8 @@ def robustness(
     asked = {"eps": eps, "norm": norm, "step_size": step_size, "n": n}
     given = [f"evaluation.{key}={value}" for key, value in asked.items() if value is not None]
     chosen = [f"dataset={data}"] if isinstance(data, str) else []
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides={overrides!r}: expected a list of them, [{overrides!r}]")
     cfg = io.compose(evaluation, [*chosen, *given, *overrides])
     OmegaConf.set_struct(cfg, False)
     source: Any
@@ -384,7 +396,7 @@ def _checked(data: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(x, Tensor) or not whole or len(x) != len(y):
         found = " and ".join(f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else f"{type(v)}" for v in (x, y))
         raise ValueError(f"data=({found}): {expected}")
-    return x, y.long()
+    return x.float(), y.long()
 
 
 def device_of(name: str) -> str:

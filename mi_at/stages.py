@@ -118,7 +118,14 @@ def identify_surrogate(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         named["evaluation"]["surrogate"] = {**surrogate, "run": _folder_of(surrogate_run(config))}
     elif surrogate and not str(surrogate).startswith(DIGEST):
         path = Path(str(surrogate))
-        named["evaluation"]["surrogate"] = digest(io.read_checkpoint(path).net_state, ("",))
+        try:
+            found = io.read_checkpoint(path)
+        except (io.CheckpointError, FileNotFoundError) as error:
+            raise StageError(
+                f"{SURROGATE}: {error}. Expected a checkpoint of mi_at, or what a run chooses: "
+                f"'{SURROGATE}={{model: resnet50, defense: ce}}' trains one"
+            ) from error
+        named["evaluation"]["surrogate"] = digest(found.net_state, ("",))
         return named, {SURROGATE: path}
     return named, {}
 

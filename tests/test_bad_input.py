@@ -327,7 +327,7 @@ LONG = ("run_dir=run", "optim.epochs=30", "+callback.interrupt._target_=tests.ow
 
 def started(folder: Path) -> Command:
     """A run of many epochs that waits, stopped, with last.ckpt of its first epoch written."""
-    going = Command(folder, *tiny(*LONG), INTERRUPT="STOP:train_epoch_start:3")
+    going = Command(folder, *tiny(*LONG), INTERRUPT="STOP:train_batch_start:3")
     going.until((folder / "run/best.ckpt").is_file)
     going.until((folder / "run/last.ckpt").is_file)
     going.until(going.is_stopped)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mi_at.results.measure import STATE
 from mi_at.results.records import Record, read_record
@@ -56,6 +57,32 @@ def test_the_numbers_are_those_of_the_end_of_training(trained: Path, tmp_path: P
     assert again.checkpoint == first.checkpoint
     assert again.config_hash == first.config_hash
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["best.ckpt", "evaluations"]
+
+
+def test_other_weights_under_the_same_name_are_evaluated(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "best.ckpt", tmp_path / "best.ckpt")
+    options = ("checkpoint=best.ckpt", "evaluation=none")
+    _, first = record_of(evaluate(tmp_path, *options), tmp_path)
+    assert "attacks anew" in evaluate(tmp_path, *options).out
+    content = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    for name, value in content["state_dict"].items():
+        content["state_dict"][name] = torch.zeros_like(value)
+    torch.save(content, tmp_path / "best.ckpt")
+    anew = evaluate(tmp_path, *options)
+    assert "attacks anew" not in anew.out
+    _, other = record_of(anew, tmp_path)
+    assert other["clean"].correct < first["clean"].correct
+    assert other.checkpoint == first.checkpoint, "a file says nothing of it"
+
+
+def test_a_surrogate_that_is_no_run(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "best.ckpt", tmp_path / "best.ckpt")
+    torch.save({"weight": torch.ones(1)}, tmp_path / "theirs.pt")
+    options = ("checkpoint=best.ckpt", "evaluation=black_box", "evaluation.n=4", f"output={tmp_path}/out")
+    theirs = evaluate(tmp_path, *options, "evaluation.surrogate=theirs.pt")
+    assert theirs.code == 1
+    assert "evaluation.surrogate: checkpoint theirs.pt was not written by mi_at" in theirs.err
+    assert "'evaluation.surrogate={model: resnet50, defense: ce}' trains one" in theirs.err
 
 
 def test_another_evaluation_lies_beside_it(trained: Path) -> None:
@@ -171,6 +198,8 @@ def test_a_network_is_its_own_best_surrogate(trained: Path, tmp_path: Path) -> N
         assert "elsewhere" not in path.read_text(), "a path is no part of a record"
     assert found["best"]["transfer_pgd_20"].correct == found["best"]["pgd_20"].correct
     assert found["best"]["transfer_pgd_20"].description["surrogate"]["name"] == "mimae-digits-cnn_tiny"
+    assert "own_surrogate" in found["best"]["transfer_pgd_20"].flags
+    assert "own_surrogate" not in found["last"]["transfer_pgd_20"].flags
     assert found["last"]["pgd_20"].correct == found["best"]["pgd_20"].correct
     assert found["last"].config_hash != found["best"].config_hash
     done = evaluate(trained, "checkpoint=best.ckpt", "evaluation=black_box")

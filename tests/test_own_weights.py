@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import mi_at
@@ -163,6 +165,37 @@ def test_a_finished_evaluation_is_found_again(theirs: Path, weights: dict[str, T
         record_of(evaluate(theirs, "checkpoint=weights.pt", *options), theirs)["clean"].correct
         == first["clean"].correct
     )
+
+
+def test_a_finished_evaluation_of_an_edited_network_is_none(theirs: Path, tmp_path: Path) -> None:
+    """The class is another, though its name and its weights are as before."""
+    shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
+    options = (*OWN, "evaluation=chosen", "evaluation/attacks=[fgsm]", "evaluation.n=40", "evaluation.eps=0.05")
+    first = record_of(evaluate(tmp_path, "checkpoint=weights.pt", *options), tmp_path)
+    package = tmp_path / "their_package/__init__.py"
+    package.write_text(package.read_text().replace("return self.layers(x)", "return self.layers(x.detach())"))
+    edited = evaluate(tmp_path, "checkpoint=weights.pt", *options)
+    assert "attacks anew" not in edited.out
+    record = record_of(edited, tmp_path)
+    assert record["clean"].correct == first["clean"].correct
+    assert record["fgsm"].correct > first["fgsm"].correct
+    assert "no_gradient" in record["fgsm"].flags
+    assert "attacks anew" in evaluate(tmp_path, "checkpoint=weights.pt", *options).out
+
+
+def test_a_finished_evaluation_of_other_pictures_is_none(theirs: Path, tmp_path: Path) -> None:
+    shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
+    for number in range(10):
+        for split in ("train", "test"):
+            (tmp_path / f"pictures/{split}/{number}").mkdir(parents=True)
+            grey = np.full((8, 8), 25 * number, dtype=np.uint8)
+            Image.fromarray(grey).save(tmp_path / f"pictures/{split}/{number}/0.png")
+    options = ("model._target_=their_package.Net", "dataset=folder", "dataset.root=pictures", "dataset.channels=1")
+    options += ("dataset.image_size=8", "evaluation=none", "checkpoint=weights.pt")
+    record_of(evaluate(tmp_path, *options), tmp_path)
+    assert "attacks anew" in evaluate(tmp_path, *options).out
+    Image.fromarray(np.full((8, 8), 255, dtype=np.uint8)).save(tmp_path / "pictures/test/0/0.png")
+    assert "attacks anew" not in evaluate(tmp_path, *options).out
 
 
 def test_numbers_go_to_wandb_where_it_is_asked(theirs: Path, tmp_path: Path) -> None:

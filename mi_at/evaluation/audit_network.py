@@ -11,7 +11,7 @@ from mi_at.evaluation.audit_case import Case
 from mi_at.evaluation.audit_findings import POINTS, Check, Finding, points
 from mi_at.evaluation.evaluate import SOFTMAX, SOFTMAX_TOLERANCE
 from mi_at.evaluation.outcomes import EvaluationError
-from mi_at.evaluation.running import isolated, without_gradient
+from mi_at.evaluation.running import input_gradient, isolated, without_gradient
 
 # docs/AUDIT.md: float32 logits of one network differ by about 1e-6 of their spread from kernel to kernel.
 SAME = 1e-4
@@ -123,7 +123,9 @@ def zero_grad(case: Case) -> Finding:
     if not len(case.base):
         return ZERO_GRAD.unknown("the network gets none of the images right", "audit a trained network")
     zero = case.batch.map(
-        lambda x, y: without_gradient(case.net, x.to(case.device), y), case.x[case.base], case.y[case.base]
+        lambda x, y: without_gradient(input_gradient(case.net, x.to(case.device), y)),
+        case.x[case.base],
+        case.y[case.base],
     )
     found = float(zero.float().mean())
     severity = "fail" if found > ZERO_FAIL else "warn" if found > ZERO_WARN else "pass"

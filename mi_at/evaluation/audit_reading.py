@@ -157,7 +157,7 @@ def overfit(case: Case) -> Finding:
     if best is None or last is None:
         return OVERFIT.unknown(
             f"robust accuracy on validation: best {_number(best)}, last {_number(last)}",
-            "train with a validation split and note both (training's validation and validation_last)",
+            "train with a validation split; mi_at notes both in trained.json: audit best.ckpt in its run's folder",
         )
     gap = float(best) - float(last)
     return OVERFIT.says(
@@ -173,7 +173,10 @@ def terms(case: Case) -> Finding:
     """Terms of the loss that do nothing, or everything."""
     history: Mapping[str, Mapping[str, float]] | None = (case.training or {}).get("terms")
     if history is None:
-        return TERMS.unknown("the training left no history of its terms", "train with mi_at, which notes it")
+        return TERMS.unknown(
+            "the training left no history of its terms",
+            "train with mi_at, which notes it in trained.json: audit best.ckpt in its run's folder",
+        )
     names = [key.partition("/")[2] for key in history if key.startswith("share/")]
     if len(names) < 2:
         return TERMS.says("pass", "the loss has one term")

@@ -8,6 +8,8 @@ budget.
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from mi_at.attacks.objectives import check_tap
 from mi_at.attacks.packing import BatchSize, Kept, out_of_memory, tensor
 from mi_at.data.batch import Batch
+from mi_at.evaluation.identity import LOOKED_AT, identify
 from mi_at.evaluation.outcomes import (
     CLEAN,
     AttackResult,
@@ -29,6 +32,7 @@ from mi_at.evaluation.outcomes import (
     EvaluationError,
     EvaluationResult,
     Examples,
+    Identity,
     out_of_reach,
 )
 from mi_at.evaluation.pieces import Pieces, fingerprint
@@ -38,22 +42,25 @@ from mi_at.evaluation.running import (
     Plan,
     Runner,
     Samples,
-    isolated,
     logits_of,
     prepared,
     says,
     without_gradient,
 )
 from mi_at.evaluation.sharing import helpers
-from mi_at.functional import random as noise
 
 SOFTMAX_TOLERANCE = 1e-4  # of a sum of probabilities from 1
-LOOKED_AT = 20  # images
-WITHOUT_GRADIENT = 0.1  # of them; as the audit's zero_grad
+WITHOUT_GRADIENT = 0.1  # of the images looked at; as the audit's zero_grad
+NOISE = 1e-4  # of the logits' spread; as the audit's stochastic
 NO_GRADIENT = (
     f"of the first {LOOKED_AT} images more than a tenth have an input gradient of zero or none: "
     "what an attack by gradients leaves is no robustness; evaluation=audit says more"
 )
+STOCHASTIC = (
+    "two equal forwards give other logits: the network draws noise at test, which an attack that sees one draw chases "
+    "in vain; quote an attack in expectation (eot_pgd, AutoAttack's version rand); evaluation=audit says more"
+)
+OWN_SURROGATE = "the surrogate is the network itself, whose gradients it gives away: no black box; give another one"
 SOFTMAX = (
     "the network returns a probability distribution, not logits: its softmax hides the gradient, "
     "and losses that expect logits are weaker than they claim; return what enters the softmax"
@@ -138,8 +145,10 @@ def evaluate(
         pieces = Pieces(None if state is None else Path(state))
         x, y, index = _read(batches, n)
         counts = sizes(attacks, len(y), n_of=_at_most(n_of, n))
-        key = "" if pieces.folder is None else fingerprint(net, x, y, index)
         batch = BatchSize(fitting_batch_size(net, x, device) if isinstance(batch_size, str) else batch_size)
+        identity, moved, gradient = identify(net, x, y, index, device=device, seed=seed)
+        doubts = _doubts(identity, moved, gradient)
+        key = "" if pieces.folder is None else _key(pieces, identity)
         clean = _clean(net, (x, y, index), pieces, f"clean-{key}", device=device, batch=batch, seed=seed)
         classes = int(tensor(clean, "classes"))
         _check_classes(y, classes, num_classes)
@@ -167,7 +176,29 @@ def evaluate(
         if pieces.folder is not None:
             runner.run_free()  # what another process is at can wait until all else is done
         outcomes = {name: runner.finished(name) for name in plan.attacks}
-    return _result(plan, outcomes, clean, classes=classes, batch_size=runner.batch.size)
+    if bool(tensor(clean, "softmax")):
+        doubts["softmax"] = SOFTMAX
+    return _result(plan, outcomes, clean, identity, doubts, classes=classes, batch_size=runner.batch.size)
+
+
+def identity_of(
+    net: nn.Module,
+    batches: Iterable[Batch] | Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    n: int | None = None,
+) -> Identity:
+    """Of the evaluation that `evaluate` makes of these arguments, before it is made.
+
+    Raises:
+        EvaluationError: as `evaluate`, of images and networks that cannot be.
+    """
+    device = torch.device(device)
+    net.to(device)
+    with prepared(net, seed):
+        x, y, index = _read(batches, n)
+        return identify(net, x, y, index, device=device, seed=seed)[0]
 
 
 def sizes(
@@ -274,7 +305,9 @@ def _check_images(x: Tensor, first: Tensor | None) -> None:
     if not len(x):
         return
     low, high = (float(value) for value in x.aminmax())
-    if not (low >= 0 and high <= 1):  # NaN fails too
+    if math.isnan(low):
+        raise EvaluationError("images hold NaN: expected numbers in [0, 1]")
+    if not (low >= 0 and high <= 1):
         raise EvaluationError(
             f"images lie in [{low:.9g}, {high:.9g}]: expected [0, 1]; put normalisation into the network"
         )
@@ -291,7 +324,7 @@ def _clean(
     seed: int,
 ) -> Kept:
     """Predictions without an attack, how many classes there are, and whether the outputs are probabilities."""
-    x, y, index = samples
+    x, _, index = samples
 
     def look(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         try:
@@ -305,24 +338,33 @@ def _clean(
         classes = torch.full((len(x),), logits.shape[1])
         return logits.argmax(dim=1).cpu(), probability.cpu(), classes
 
-    def slope(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        try:
-            with noise.keyed(index.to(device), noise.key(seed, "logits")):
-                return without_gradient(net, x.to(device), y)
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            raise EvaluationError(f"the network gives no gradient of its images: {error}") from error
-
     def compute(number: int) -> Kept:
         prediction, probability, classes = batch.map(look, x, index)
-        found = {"prediction": prediction, "softmax": probability.all(), "classes": classes.max()}
-        few = slice(0, LOOKED_AT)
-        with isolated(seed):
-            flat = batch.map(slope, x[few], y[few].clamp(0, int(classes.max()) - 1), index[few])
-        return {**found, "no_gradient": flat.float().mean() > WITHOUT_GRADIENT}
+        return {"prediction": prediction, "softmax": probability.all(), "classes": classes.max()}
 
     return next(kept for _, kept in pieces.run([name], compute))
+
+
+def _doubts(identity: Identity, moved: Tensor, gradient: Tensor) -> dict[str, str]:
+    """Flags of all rows, by the first few images."""
+    doubts = {}
+    if float(without_gradient(gradient).float().mean()) > WITHOUT_GRADIENT:
+        doubts["no_gradient"] = NO_GRADIENT
+    largest, mean = torch.tensor(identity.logits).chunk(2)
+    if float(moved.abs().max()) > NOISE * float((largest - mean).mean()):
+        doubts["stochastic"] = STOCHASTIC
+    return doubts
+
+
+def _key(pieces: Pieces, identity: Identity) -> str:
+    """Of the pieces that are this network's on these samples; one whose code was edited gets others."""
+    key = fingerprint(identity.weights, identity.data)
+    mine: Kept = {"identity": json.dumps(identity.plain())}
+    for number in itertools.count():
+        kept = next(kept for _, kept in pieces.run([f"identity-{key}-{number}"], lambda _: mine))
+        if identity.is_that_of(Identity.of_plain(json.loads(str(kept["identity"])))):
+            return f"{key}-{number}" if number else key
+    raise AssertionError("itertools.count has no end")
 
 
 def _check_classes(y: Tensor, classes: int, expected: int | None) -> None:
@@ -422,14 +464,16 @@ def fitting_batch_size(net: nn.Module, x: Tensor, device: torch.device) -> int:
 
 
 def _result(
-    plan: Plan, outcomes: Mapping[str, Outcome], clean: Kept, *, classes: int, batch_size: int
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    clean: Kept,
+    identity: Identity,
+    doubts: Mapping[str, str],
+    *,
+    classes: int,
+    batch_size: int,
 ) -> EvaluationResult:
     samples = plan.samples
-    doubts = {
-        name: words
-        for name, words in (("softmax", SOFTMAX), ("no_gradient", NO_GRADIENT))
-        if name in clean and bool(tensor(clean, name))
-    }
     rows: dict[str, AttackResult] = {}
     examples: dict[str, Examples] = {}
     for name, outcome in outcomes.items():
@@ -440,6 +484,9 @@ def _result(
         if says(attack, "batch_coupled"):
             description["batch_size"] = getattr(attack, "batch_size", None) or plan.batch_size
         flags = {**outcome.flags, **doubts}
+        surrogate = getattr(attack, "surrogate", None)
+        if isinstance(surrogate, nn.Module) and fingerprint(surrogate) == identity.weights:
+            flags["own_surrogate"] = OWN_SURROGATE
         if description.get("fallback"):
             flags["fallback"] = str(description["fallback"])
         if not says(attack, "minimum_norm") and out_of_reach(description):
@@ -494,6 +541,7 @@ def _result(
         batch_size=batch_size,
         examples=examples,
         images={name: outcome.images for name, outcome in outcomes.items() if outcome.images is not None},
+        identity=identity,
     )
 
 

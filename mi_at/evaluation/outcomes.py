@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,8 @@ from mi_at.evaluation.intervals import wilson
 from mi_at.functional.geometry import parse_eps
 
 CLEAN = "clean"
+# One program on other hardware differs in the third digit (TF32) at most, another program in the first two.
+LOGITS_DIFFER, SLOPES_DIFFER = 0.01, 0.05
 
 
 class EvalAttack(Protocol):
@@ -141,6 +143,50 @@ class AttackResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Identity:
+    """A network and the samples it is evaluated on.
+
+    Attributes:
+        weights: fingerprint of its modules, parameters and buffers.
+        data: fingerprint of the images, labels and places.
+        logits: its largest and its mean logit on each of the first few images: they tell its code.
+        slopes: the l2 norm of the cross-entropy's gradient at each of them: an edit may hide the gradient alone.
+
+    Example:
+        >>> one = Identity(weights="a", data="b", logits=(1.0, 0.5), slopes=(2.0,))
+        >>> one.is_that_of(Identity.of_plain(one.plain())), one.is_that_of(None)
+        (True, False)
+    """
+
+    weights: str
+    data: str
+    logits: tuple[float, ...]
+    slopes: tuple[float, ...]
+
+    def is_that_of(self, other: Identity | None) -> bool:
+        """Whether both are of one network and the same samples, whatever computed them."""
+        return (
+            other is not None
+            and (self.weights, self.data) == (other.weights, other.data)
+            and _near(self.logits, other.logits, LOGITS_DIFFER)
+            and _near(self.slopes, other.slopes, SLOPES_DIFFER)
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values for a record."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any]) -> Identity | None:
+        """The identity of a record; None where it has none, or one of another form."""
+        try:
+            logits, slopes = (tuple(float(value) for value in values[name]) for name in ("logits", "slopes"))
+            return cls(weights=str(values["weights"]), data=str(values["data"]), logits=logits, slopes=slopes)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
     """All attacks on one network and one split.
 
@@ -155,6 +201,7 @@ class EvaluationResult:
         batch_size: images attacked at once, in the end.
         examples: by name, as `attacks`: the strongest few of what the attack itself broke.
         images: by name, [n, C, H, W] float32, where they were asked for: the attacked image of every sample.
+        identity: of the network and the samples.
     """
 
     index: Tensor
@@ -166,6 +213,7 @@ class EvaluationResult:
     batch_size: int
     examples: Mapping[str, Examples] = field(default_factory=dict)
     images: Mapping[str, Tensor] = field(default_factory=dict)
+    identity: Identity | None = None
 
     def __getitem__(self, name: str) -> AttackResult:
         """The result of one attack, or of "clean".
@@ -260,3 +308,11 @@ def out_of_reach(description: Mapping[str, Any]) -> bool:
         return False
     # Sums such as 10 x 0.03 fall short of 0.3 by rounding alone.
     return int(steps) * parse_eps(step_size) < eps * (1 - 1e-6)
+
+
+def _near(one: Sequence[float], other: Sequence[float], tolerance: float) -> bool:
+    """Whether two vectors differ by less than a share of the longer one."""
+    if len(one) != len(other):
+        return False
+    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    return bool((a - b).norm() <= tolerance * max(a.norm(), b.norm()))

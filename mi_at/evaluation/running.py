@@ -392,8 +392,13 @@ def _attackable(module: nn.Module, args: Any, logits: Any) -> Any:
     return logits
 
 
-def without_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """[B] bool, on the CPU: the input gradient of the cross-entropy is zero, not a number, or not there at all.
+def without_gradient(gradient: Tensor) -> Tensor:
+    """[B] bool: a sample's gradient [B, D] is zero, or not a number somewhere."""
+    return (gradient == 0).all(dim=1) | ~gradient.isfinite().all(dim=1)
+
+
+def input_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """[B, D] on the CPU: the gradient of the cross-entropy at the images, zero where there is none at all.
 
     Args:
         net: the network, prepared.
@@ -403,26 +408,33 @@ def without_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     x = x.detach().clone().requires_grad_()
     value = F.cross_entropy(net(x).float(), y.to(x.device), reduction="sum")
     gradient: Tensor | None = torch.autograd.grad(value, x, allow_unused=True)[0]
-    if gradient is None:
-        return torch.ones(len(x), dtype=torch.bool)
-    flat = gradient.flatten(1)
-    return ((flat == 0).all(dim=1) | ~flat.isfinite().all(dim=1)).cpu()
+    return (torch.zeros_like(x) if gradient is None else gradient).flatten(1).cpu()
 
 
 def logits_of(net: nn.Module, x: Tensor, ids: Tensor, seed: int, where: str) -> Tensor:
     """[B, K] float32; noise of stochastic layers is drawn by (seed, id).
 
     Raises:
-        EvaluationError: of another shape, NaN or infinite.
+        EvaluationError: of another shape or type, NaN or infinite.
     """
     with torch.no_grad(), noise.keyed(ids.to(x.device), noise.key(seed, "logits")):
         logits = net(x.detach())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise EvaluationError(f"the network gave {what} for {len(x)} images: expected [B, classes]")
+    if not logits.is_floating_point():
+        raise EvaluationError(
+            f"the network gave {str(logits.dtype).removeprefix('torch.')} for its logits: expected float; return the "
+            "scores themselves, before they are rounded or compared"
+        )
+    if logits.shape[1] < 2:
+        raise EvaluationError("the network gave one logit an image: expected one for each class, of 2 classes or more")
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(dim=1).sum())
-        raise EvaluationError(f"the network's logits {where} are NaN or infinite for {bad} of {len(x)} samples")
+        raise EvaluationError(
+            f"the network's logits {where} are NaN or infinite for {bad} of {len(x)} samples: every logit must be "
+            "finite; look at its weights, at divisions and at logarithms"
+        )
     return logits.float()
 
 

@@ -192,7 +192,8 @@ def _class(where: str, node: Mapping[str, Any], kind: type) -> type[Any]:
     try:
         found = get_class(target)
     except Exception as error:
-        raise ValueError(f"{where}._target_={target}: {error}; expected the path of an importable class") from error
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"{where}._target_={target}: expected the path of an importable class: {why}") from error
     if not issubclass(found, kind):
         raise ValueError(f"{where}._target_={target}: expected a {kind.__module__}.{kind.__qualname__}")
     if nested := [key for key, value in node.items() if _has_target(value)]:

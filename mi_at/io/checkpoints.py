@@ -140,8 +140,10 @@ def _read(path: Path) -> Any:
             f"{_SAVE_WEIGHTS}"
         ) from error
     except Exception as error:  # a text file, a half-written one: torch has no common word for what it cannot read
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({reason}); use another one") from error
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"checkpoint {path} is truncated or damaged: {size:,} bytes that torch.load cannot read; use another one"
+        ) from error
 
 
 def _state_dict(path: Path, raw: Any) -> tuple[dict[str, torch.Tensor], str]:

@@ -108,7 +108,7 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
     except FailedJobError:
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; what is finished is kept", file=sys.stderr)
+        print("interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except USER_ERRORS as error:
         if traced:

@@ -37,6 +37,11 @@ def explain(error: BaseException) -> str:
         near = guess(str(error.key), known)
         has = ", ".join(known) or f"none so far; +{error.full_key}=<value> adds it"
         return f"unknown key {error.full_key}: {where or 'the configuration'} has {has}{near}"
+    if isinstance(error, OmegaConfBaseException | HydraException) and "Cannot merge DictConfig with ListConfig" in str(
+        error
+    ):
+        key = str(error).partition("full_key: ")[2].split()[0]
+        return f"{key}=[...]: names of files are chosen with a slash, {key.replace('.', '/')}=[...]"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: {error.full_key}=<path>"
     if isinstance(error, HydraException) and "INTERVAL_SWEEP" in str(error):

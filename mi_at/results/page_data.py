@@ -257,7 +257,7 @@ def _in_common(names: set[str]) -> str:
     )
     start = ordered[0][:length]
     if any(name[length : length + 1].isdigit() for name in names):  # cut within a number
-        start = start.rstrip("0123456789")
+        start = start.rstrip("0123456789.")
     return start.rstrip("_-. ,=") or ordered[0]
 
 

@@ -169,6 +169,7 @@ class Record:
         tags: what the run belongs to, e.g. {"table": "mimae_t8", "cell": "mimae"}.
         information: CMI, separation and NCMI of all outputs, by attack and "clean", where they were asked for.
         audit: {"verdict", "findings", ...} (`mi_at.evaluation.audit_findings.Audit.plain`), where there was one.
+        identity: of the network and the samples (`mi_at.evaluation.outcomes.Identity.plain`).
         schema: of this document.
     """
 
@@ -193,6 +194,7 @@ class Record:
     tags: dict[str, Any] = field(default_factory=dict)
     information: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def __getitem__(self, name: str) -> AttackRecord:
@@ -269,6 +271,7 @@ def make_record(
         tags=_plain(dict(tags or {}), "tags"),
         information=_plain(dict(information or {}), "information"),
         audit=_plain(dict(audit or {}), "audit"),
+        identity=result.identity.plain() if result.identity else {},
     )
 
 

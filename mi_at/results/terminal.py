@@ -13,6 +13,7 @@ from mi_at.functional.geometry import parse_eps
 from mi_at.results.records import AttackRecord, Record
 
 HEADINGS = ("attack", "norm", "eps", "steps", "n", "accuracy %", "flags")
+MOST_NAMED = 4  # of the members of a worst case
 BARE_FROM = 1000  # below so many samples the interval is printed beside the number (the audit's n_small)
 NOT_RUN = "-"
 GRAVE = ("fail", "warn")  # severities of the audit that are always spelled out
@@ -74,8 +75,9 @@ def print_header(title: str, facts: Mapping[str, str], *, stream: TextIO | None 
 def table_row(row: AttackRecord) -> tuple[str, ...]:
     """One row's cells, in the order of `HEADINGS`."""
     clean = row.name == CLEAN
+    members = row.description.get("members", ())
     return (
-        row.name,
+        f"worst of {len(members)} attacks" if len(members) > MOST_NAMED else row.name,
         NOT_RUN if clean or row.norm is None else row.norm,
         NOT_RUN if clean or row.eps is None else format_eps(row.eps),
         NOT_RUN if row.steps is None else str(row.steps),

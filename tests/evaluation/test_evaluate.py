@@ -288,7 +288,7 @@ def test_nan_logits_are_an_error() -> None:
     ("x", "message"),
     [
         (images(5) + 0.5, r"images lie in \[0\.5\d*, 1\.\d+\]: expected \[0, 1\]"),
-        (images(5) * torch.nan, r"images lie in \[nan"),
+        (images(5) * torch.nan, r"images hold NaN: expected numbers in \[0, 1\]"),
         ((images(5) * 255).to(torch.uint8), r"images are torch.uint8"),
         (images(5)[:, 0], r"images are torch.float32 \(5, 4, 4\): expected float \[B, C, H, W\]"),
     ],

@@ -1,0 +1,78 @@
+"""Which network and which data a number is of, to tell them from those that came later under the same name.
+
+The weights of a file may be others than yesterday, its class may have been edited, the images may have changed: a
+number that was found before, or the half of an evaluation that was interrupted, is then no longer theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mi_at.attacks.packing import BatchSize, out_of_memory
+from mi_at.evaluation.outcomes import EvaluationError, Identity
+from mi_at.evaluation.pieces import fingerprint
+from mi_at.evaluation.running import input_gradient, isolated, logits_of
+from mi_at.functional import random
+
+LOOKED_AT = 20  # images
+
+
+def identify(
+    net: nn.Module, x: Tensor, y: Tensor, index: Tensor, *, device: torch.device, seed: int
+) -> tuple[Identity, Tensor, Tensor]:
+    """Look at a network's answers to the first few images.
+
+    Args:
+        net: prepared, on `device`.
+        x: [N, C, H, W] in [0, 1], all samples of the evaluation.
+        y: [N] int64.
+        index: [N] int64, their places in the split.
+        device: of the network.
+        seed: of a stochastic network's noise.
+
+    Returns:
+        The identity; by how much a second forward gives other logits [k, K]; and the gradients [k, D].
+
+    Raises:
+        EvaluationError: the network fails on the images, or gives what no attack can use.
+    """
+    few = slice(0, LOOKED_AT)
+
+    def look(x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        here, ids = x.to(device), index.to(device)
+        try:
+            logits = logits_of(net, here, ids, seed, "of clean images")
+            again = logits_of(net, here, ids, seed, "of clean images")
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, EvaluationError) or out_of_memory(error):
+                raise
+            raise EvaluationError(f"the network fails on images {tuple(x.shape)}: {error}") from error
+        try:
+            with random.keyed(ids, random.key(seed, "logits")):
+                gradient = input_gradient(net, here, y.clamp(0, logits.shape[1] - 1))
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise EvaluationError(_why_no_gradient(error)) from error
+        return logits.cpu(), again.cpu(), gradient
+
+    with isolated(seed):
+        logits, again, gradient = BatchSize(LOOKED_AT).map(look, x[few], y[few], index[few])
+    identity = Identity(
+        weights=fingerprint(net),
+        data=fingerprint(x, y, index),
+        logits=_rounded(torch.cat([logits.amax(dim=1), logits.mean(dim=1)])),
+        slopes=_rounded(gradient.nan_to_num(0.0, 0.0, 0.0).norm(dim=1)),
+    )
+    return identity, again - logits, gradient
+
+
+def _why_no_gradient(error: Exception) -> str:
+    if "in-place" in str(error):
+        return f"the network changes its images in place: let it work on a copy, x = x.clone() ({error})"
+    return f"the network gives no gradient of its images: {error}"
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(float(f"{value:.6g}") for value in values.tolist())
