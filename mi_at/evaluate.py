@@ -324,6 +324,10 @@ def robustness(
         except ValueError as error:
             raise ValueError(f"{key}={error}") from error
     asked = {"eps": eps, "norm": norm, "step_size": step_size, "n": n}
+    if evaluation == "none" and (ball := [key for key in ("eps", "norm", "step_size") if asked[key] is not None]):
+        raise ValueError(
+            f"{ball[0]}={asked[ball[0]]}: evaluation=none attacks nothing; leave it out, or name a protocol"
+        )
     given = [f"evaluation.{key}={value}" for key, value in asked.items() if value is not None]
     chosen = [f"dataset={data}"] if isinstance(data, str) else []
     if isinstance(overrides, str):

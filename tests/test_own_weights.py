@@ -54,6 +54,13 @@ class NoGradient(Net):
         return super().forward(x)
 
 
+class Broken(Net):
+    """Fails."""
+
+    def forward(self, x):
+        raise ValueError("my own mistake")
+
+
 class Probabilities(Net):
     """Ends with a softmax, which is no logit."""
 
@@ -278,6 +285,12 @@ def test_by_the_name_of_a_model(tmp_path: Path) -> None:
             ("attack representation: tap='features'", "no taps"),
         ),
         ((*OWN, "evaluation.eps=8"), ("eps=8", "did you mean 8/255?")),
+        (
+            (*OWN, "evaluation=chosen", "evaluation.attacks=[fgsm]"),
+            ("names of files are chosen with a slash, evaluation/attacks=[...]",),
+        ),
+        (("model._target_=their_package.Nett", "dataset=digits"), ("expected the path of an importable class",)),
+        (("model._target_=their_package.Broken", "dataset=digits"), ("Broken does not take images", "my own mistake")),
     ],
 )
 def test_what_is_wrong_is_named(theirs: Path, overrides: tuple[str, ...], words: tuple[str, ...]) -> None:
@@ -491,6 +504,9 @@ ONE = (torch.rand(4, 1, 8, 8), torch.arange(4))
         (ONE, {"eps": "8/0"}, "eps='8/0': expected a number or a fraction"),
         (ONE, {"eps": 0.1, "step_size": "a"}, "step_size='a': expected a number or a fraction"),
         (ONE, {"eps": 0.1, "overrides": ["evaluation.n_of.autoattack=9"]}, "n_of.autoattack=9, but the split has 4"),
+        (ONE, {"eps": 0.1, "evaluation": "none"}, "eps=0.1: evaluation=none attacks nothing; leave it out"),
+        (ONE, {"eps": 0.1, "overrides": "evaluation.n=2"}, r"overrides='evaluation.n=2': expected a list of them, \["),
+        ((ONE[0] * torch.nan, ONE[1]), {"eps": 0.1}, "images hold NaN"),
         ("imagenet", {}, "dataset=imagenet: expected one of cifar10"),
         ("cifar10", {"overrides": ["dataset.root=nowhere"]}, "nowhere"),
     ],

@@ -249,7 +249,12 @@ def _step_rules(row: AttackRecord, over: str, value: float) -> list[str]:
 
 
 def _in_common(names: set[str]) -> str:
-    """What names begin with: pgd_10 and pgd_20 are pgd."""
+    """What names begin with: pgd_10 and pgd_20 are pgd.
+
+    Example:
+        >>> _in_common({"pgd_10", "pgd_20"}), _in_common({"pgd_40_eps_0.0625", "pgd_40_eps_0.125"})
+        ('pgd', 'pgd_40_eps')
+    """
     ordered = sorted(names)
     length = next(
         (i for i, (a, b) in enumerate(zip(ordered[0], ordered[-1], strict=False)) if a != b),

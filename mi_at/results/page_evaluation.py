@@ -336,21 +336,22 @@ def _accuracy(record: Record) -> Html:
     cells = [
         [
             page_data.title(row),
+            percent(row.correct, row.n),
+            interval(row.correct, row.n),
+            f"{row.n:,}",
             NOT_RUN if row.name == CLEAN else row.norm or NOT_RUN,
             NOT_RUN if row.name == CLEAN or row.eps is None else format_eps(row.eps),
             NOT_RUN if row.steps is None else str(row.steps),
             NOT_RUN if row.step_size is None else format_eps(row.step_size),
-            f"{row.n:,}",
-            percent(row.correct, row.n),
-            interval(row.correct, row.n),
             NOT_RUN if row.name == CLEAN else f"{row.max_distance:.4g}",
             _duration(row.seconds),
             " ".join(row.flags) or NOT_RUN,
         ]
         for row in record.attacks
     ]
-    headings = ["attack", "norm", "eps", "steps", "step", "n", "accuracy %", "95 %", "farthest", "time", "flags"]
-    parts.append(table("Every number", headings, cells, right=range(2, 10), wide=True))
+    # What is read first stands first: a phone shows three columns.
+    headings = ["attack", "accuracy %", "95 %", "n", "norm", "eps", "steps", "step", "farthest", "time", "flags"]
+    parts.append(table("Every number", headings, cells, right=[1, 2, 3, 5, 6, 7, 8, 9], wide=True))
     return tag("div", *parts)
 
 
