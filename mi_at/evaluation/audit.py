@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def audit(
     queries: int = 1000,
     seed: int = 0,
     batch_size: int | str = 250,
+    state: Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Audit:
@@ -85,6 +87,7 @@ def audit(
         queries: of Square, where the evaluation has no black-box attack.
         seed: of all noise.
         batch_size: samples at once, or "auto".
+        state: a folder for what is finished: an audit that was killed goes on from there. None: nothing is kept.
         device: where to run; None: where the network is.
         progress: a line per check, on standard error.
 
@@ -147,6 +150,7 @@ def audit(
             batch=batch,
             device=device,
             num_classes=logits.shape[1],
+            state=state,
             dataset=dataset,
             result=result,
             training=training,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -229,6 +230,10 @@ class _Divided(nn.Module):
         logits: Tensor = self.net(x)
         return logits / self.temperature if self.temperature else logits.double()
 
+    def extra_repr(self) -> str:
+        """Tells what was found with one temperature from what was found with another."""
+        return f"temperature={self.temperature}"
+
 
 def saturation(case: Case) -> Finding:
     """The same attack on logits that are divided, where the softmax is exactly 1."""
@@ -252,11 +257,12 @@ def saturation(case: Case) -> Finding:
     )
 
 
+@dataclass(frozen=True, eq=False)
 class _Via:
     """An attack made on another network."""
 
-    def __init__(self, attack: PGD, net: nn.Module) -> None:
-        self.attack, self.net = attack, net
+    attack: PGD
+    net: nn.Module
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, *, ids: Tensor, seed: int) -> Tensor:
         with attacking(self.net):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mi_at.attacks.fgsm import FGSM
-from mi_at.attacks.packing import BatchSize
+from mi_at.attacks.packing import BatchSize, Kept, tensor
 from mi_at.attacks.pgd import PGD
 from mi_at.evaluation.evaluate import evaluate
 from mi_at.evaluation.outcomes import AttackResult, EvalAttack, EvaluationResult, radius
+from mi_at.evaluation.pieces import Pieces, fingerprint
 from mi_at.functional import random
 from mi_at.functional.geometry import ascent_direction, project, start_noise
 
@@ -55,6 +57,7 @@ class Case:
         batch: how many samples at once.
         device: of the network.
         num_classes: of the network.
+        state: folder of what is finished, for an audit that was interrupted; None: nothing is kept.
         dataset: its name, where it is known.
         result: of an evaluation on the same split.
         training: notes of the training; `audit` says which keys are read.
@@ -78,6 +81,7 @@ class Case:
     batch: BatchSize
     device: torch.device
     num_classes: int
+    state: Path | None = None
     dataset: str | None = None
     result: EvaluationResult | None = None
     training: Mapping[str, Any] | None = None
@@ -105,6 +109,7 @@ class Case:
             batch_size=self.batch.size,
             progress=False,
             keep=0,
+            state=self.state,
         )
         # The last row of a minimum-norm attack is the one within its radius.
         row = list(result.attacks.values())[-1]
@@ -126,7 +131,15 @@ class Case:
         """Four times the audited number of steps, from one random start."""
         if not len(self.base):
             raise NothingRightError("the network gets none of the samples right")
-        return Trace(*self.batch.map(self._ascend, self.x[self.base], self.y[self.base], self.ids[self.base]))
+        samples = self.x[self.base], self.y[self.base], self.ids[self.base]
+        key = fingerprint(self.net, *samples, self.eps, self.norm, self.step_size, self.steps, self.seed)
+
+        def compute(number: int) -> Kept:
+            wrong, value = self.batch.map(self._ascend, *samples)
+            return {"wrong": wrong, "value": value}
+
+        kept = next(kept for _, kept in Pieces(self.state).run([f"trace-{key}"], compute))
+        return Trace(tensor(kept, "wrong"), tensor(kept, "value"))
 
     def last(self, steps: int | None = None) -> Tensor:
         """[m] bool: wrong at the iterate of that step; None: the audited last one."""

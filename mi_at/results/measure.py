@@ -215,6 +215,7 @@ def assess(
             dataset=config["dataset"].get("name"),
             seed=settings["seed"],
             device=device,
+            state=state,
             progress=progress,
             **(settings["audit"] if isinstance(settings["audit"], Mapping) else {}),
         ).plain()

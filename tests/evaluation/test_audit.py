@@ -24,7 +24,7 @@ from mi_at.evaluation.audit_case import kind
 from mi_at.evaluation.audit_findings import Audit, Finding, points, share
 from mi_at.models.cnn import CNNTiny
 from tests.evaluation import planted
-from tests.evaluation.nets import Halfspace, Planted, images, loader, predicted
+from tests.evaluation.nets import Halfspace, Planted, images, loader, predicted, small_conv
 
 EPS = 0.15
 NAMES = [check.name for check, _ in CHECKS]
@@ -82,6 +82,23 @@ def audited(net: nn.Module, x: Tensor, y: Tensor, *only: str, **options: Any) ->
 
 def found(said: Audit) -> dict[str, str]:
     return {finding.check: finding.severity for finding in said.findings}
+
+
+def test_an_audit_that_was_killed_goes_on(robust: Task, tmp_path: Path) -> None:
+    """Nothing is attacked twice, and nothing is taken for something else."""
+    net, x, y = robust
+    sharp = planted.saturated(net)  # so that the temperatures are tried
+    options: dict[str, Any] = {"variants": {"the raw one": net, "another one": small_conv()}, "restarts": 3}
+    expected = audited(sharp, x, y, **options)
+    assert audited(sharp, x, y, state=tmp_path, **options).findings == expected.findings
+    forwards: list[int] = []
+    hook = sharp.register_forward_hook(lambda module, args, out: forwards.append(len(out)))
+    audited(sharp, x, y, **options)
+    whole = len(forwards)
+    forwards.clear()
+    assert audited(sharp, x, y, state=tmp_path, **options).findings == expected.findings
+    hook.remove()
+    assert len(forwards) < whole / 5
 
 
 # ---------------------------------------------------------------- an honest network
