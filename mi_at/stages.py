@@ -120,7 +120,7 @@ def identify_surrogate(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         path = Path(str(surrogate))
         try:
             found = io.read_checkpoint(path)
-        except (io.CheckpointError, FileNotFoundError) as error:
+        except io.CheckpointError as error:
             raise StageError(
                 f"{SURROGATE}: {error}. Expected a checkpoint of mi_at, or what a run chooses: "
                 f"'{SURROGATE}={{model: resnet50, defense: ce}}' trains one"

@@ -63,7 +63,7 @@ def render(text: str, root: Path = ROOT) -> str:
 
 
 def head_to_head(root: Path) -> str:
-    """Every method under one protocol on MNIST, a row per run."""
+    """Every method under one protocol on MNIST, a row per run; <method>_without is its control, its term off."""
     records = _records(root / "results/measured/head_to_head_mnist_cnn4_short")
     return markdown_table([_with_union(record) for record in records], HEAD_TO_HEAD, first="defense")
 
@@ -90,8 +90,13 @@ def mimae_table_8(root: Path) -> str:
 
 def _records(folder: Path) -> list[Record]:
     order = ("ce", "standard_at", "trades", "mart", "mimae", "ncmi", "shared_info", "namid", "ib_rar")
-    found = [read_record(path) for path in folder.glob("*/record.json")]
-    return sorted(found, key=lambda r: (order.index(r.names["defense"]) if r.names["defense"] in order else 99, r.key))
+    found = []
+    for path in folder.glob("*/record.json"):
+        record, method = read_record(path), str(read_record(path).names["defense"])
+        place = order.index(method) if method in order else len(order)
+        key = record.key.replace(method, path.parent.name) if path.parent.name.startswith(method) else record.key
+        found.append((place, key, replace(record, key=key)))
+    return [record for *_, record in sorted(found, key=lambda each: each[:2])]
 
 
 def _with_union(record: Record) -> Record:
