@@ -496,8 +496,11 @@ def test_what_is_not_alike_is_said_first(folder: Path, tmp_path: Path) -> None:
 
 
 def test_short_names_tell_records_apart() -> None:
-    records = [read_record(path) for path in MEASURED if "head_to_head" in str(path)]
+    found = {path.parent.name: read_record(path) for path in MEASURED if "head_to_head" in str(path)}
+    records = [record for name, record in found.items() if not name.endswith("_without")]
     assert page_data.short_names(records) == [record.names["defense"] for record in records]
+    method_and_control = [found["ib_rar"], found["ib_rar_without"]]
+    assert page_data.short_names(method_and_control) == ["ib_rar #1", "ib_rar #2"]
     one = records[0]
     assert page_data.short_names([one, replace(one, seed=1)]) == ["ce s0", "ce s1"]
     other = next(record for record in records if record.names["defense"] == "mart")
