@@ -16,6 +16,7 @@ from mi_at.attacks.fgsm import FGSM
 from mi_at.attacks.packing import BatchSize, Kept, tensor
 from mi_at.attacks.pgd import PGD
 from mi_at.evaluation.evaluate import evaluate
+from mi_at.evaluation.identity import identify, key_of
 from mi_at.evaluation.outcomes import AttackResult, EvalAttack, EvaluationResult, radius
 from mi_at.evaluation.pieces import Pieces, fingerprint
 from mi_at.functional import random
@@ -132,13 +133,17 @@ class Case:
         if not len(self.base):
             raise NothingRightError("the network gets none of the samples right")
         samples = self.x[self.base], self.y[self.base], self.ids[self.base]
-        key = fingerprint(self.net, *samples, self.eps, self.norm, self.step_size, self.steps, self.seed)
+        pieces = Pieces(self.state)
+        key = ""
+        if pieces.folder is not None:
+            identity, *_ = identify(self.net, *samples, device=self.device, seed=self.seed)
+            key = fingerprint(key_of(pieces, identity), self.eps, self.norm, self.step_size, self.steps, self.seed)
 
         def compute(number: int) -> Kept:
             wrong, value = self.batch.map(self._ascend, *samples)
             return {"wrong": wrong, "value": value}
 
-        kept = next(kept for _, kept in Pieces(self.state).run([f"trace-{key}"], compute))
+        kept = next(kept for _, kept in pieces.run([f"trace-{key}"], compute))
         return Trace(tensor(kept, "wrong"), tensor(kept, "value"))
 
     def last(self, steps: int | None = None) -> Tensor:

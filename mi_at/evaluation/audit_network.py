@@ -11,10 +11,8 @@ from mi_at.evaluation.audit_case import Case
 from mi_at.evaluation.audit_findings import POINTS, Check, Finding, points
 from mi_at.evaluation.evaluate import SOFTMAX, SOFTMAX_TOLERANCE
 from mi_at.evaluation.outcomes import EvaluationError
-from mi_at.evaluation.running import input_gradient, isolated, without_gradient
+from mi_at.evaluation.running import SAME, input_gradient, isolated, spread, without_gradient
 
-# docs/AUDIT.md: float32 logits of one network differ by about 1e-6 of their spread from kernel to kernel.
-SAME = 1e-4
 # docs/AUDIT.md; AutoAttack warns at the first image.
 ZERO_WARN, ZERO_FAIL = 0.01, 0.10
 FORWARDS = 5
@@ -114,7 +112,7 @@ def batch_coupled(case: Case) -> Finding:
         turned = (_logits(case, x.flip(0)).flip(0) - usual).abs().max()
         how = "in another order" if float(turned) > float(gap) else how
         gap = torch.maximum(gap, turned)
-    found = float(gap) / _spread(usual)
+    found = float(gap) / spread(usual)
     return COMPANIONS.says("fail" if found > SAME else "pass", f"logits differ by {found:.1e} of their spread {how}")
 
 
@@ -136,7 +134,7 @@ def _noise(case: Case) -> float:
     """How far equal forwards lie apart, at most, in units of the logits' spread."""
     x = case.x[case.looked[:FEW]]
     draws = torch.stack([_logits(case, x) for _ in range(FORWARDS)])
-    return float((draws - draws[0]).abs().max()) / _spread(draws[0])
+    return float((draws - draws[0]).abs().max()) / spread(draws[0])
 
 
 def _logits(case: Case, x: Tensor) -> Tensor:
@@ -144,11 +142,6 @@ def _logits(case: Case, x: Tensor) -> Tensor:
     with torch.no_grad():
         found: Tensor = case.batch.map(lambda x: case.net(x.to(case.device)).float().cpu(), x)
     return found
-
-
-def _spread(logits: Tensor) -> float:
-    """How far a sample's logits lie apart, in the median over samples: the unit of a difference."""
-    return max(float((logits.amax(dim=1) - logits.amin(dim=1)).median()), torch.finfo(torch.float32).tiny)
 
 
 CHECKS: tuple[tuple[Check, Callable[[Case], Finding]], ...] = (

@@ -8,8 +8,6 @@ budget.
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mi_at.attacks.objectives import check_tap
-from mi_at.attacks.packing import BatchSize, Kept, out_of_memory, tensor
+from mi_at.attacks.packing import BatchSize, Kept, tensor
 from mi_at.data.batch import Batch
-from mi_at.evaluation.identity import LOOKED_AT, identify
+from mi_at.evaluation.identity import LOOKED_AT, identify, key_of
 from mi_at.evaluation.outcomes import (
     CLEAN,
     AttackResult,
@@ -38,11 +36,12 @@ from mi_at.evaluation.outcomes import (
 from mi_at.evaluation.pieces import Pieces, fingerprint
 from mi_at.evaluation.progress import Progress, cost
 from mi_at.evaluation.running import (
+    SAME,
     Outcome,
     Plan,
     Runner,
     Samples,
-    logits_of,
+    clean_logits,
     prepared,
     says,
     without_gradient,
@@ -51,7 +50,6 @@ from mi_at.evaluation.sharing import helpers
 
 SOFTMAX_TOLERANCE = 1e-4  # of a sum of probabilities from 1
 WITHOUT_GRADIENT = 0.1  # of the images looked at; as the audit's zero_grad
-NOISE = 1e-4  # of the logits' spread; as the audit's stochastic
 NO_GRADIENT = (
     f"of the first {LOOKED_AT} images more than a tenth have an input gradient of zero or none: "
     "what an attack by gradients leaves is no robustness; evaluation=audit says more"
@@ -146,9 +144,9 @@ def evaluate(
         x, y, index = _read(batches, n)
         counts = sizes(attacks, len(y), n_of=_at_most(n_of, n))
         batch = BatchSize(fitting_batch_size(net, x, device) if isinstance(batch_size, str) else batch_size)
-        identity, moved, gradient = identify(net, x, y, index, device=device, seed=seed)
-        doubts = _doubts(identity, moved, gradient)
-        key = "" if pieces.folder is None else _key(pieces, identity)
+        identity, noise, gradient = identify(net, x, y, index, device=device, seed=seed)
+        doubts = _doubts(noise, gradient)
+        key = "" if pieces.folder is None else key_of(pieces, identity)
         clean = _clean(net, (x, y, index), pieces, f"clean-{key}", device=device, batch=batch, seed=seed)
         classes = int(tensor(clean, "classes"))
         _check_classes(y, classes, num_classes)
@@ -327,12 +325,7 @@ def _clean(
     x, _, index = samples
 
     def look(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        try:
-            logits = logits_of(net, x.to(device), index.to(device), seed, "of clean images")
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, EvaluationError) or out_of_memory(error):
-                raise
-            raise EvaluationError(f"the network fails on images {tuple(x.shape)}: {error}") from error
+        logits = clean_logits(net, x.to(device), index.to(device), seed)
         sums = logits.double().sum(dim=1)
         probability = (logits >= 0).all(dim=1) & ((sums - 1).abs() < SOFTMAX_TOLERANCE)
         classes = torch.full((len(x),), logits.shape[1])
@@ -345,26 +338,14 @@ def _clean(
     return next(kept for _, kept in pieces.run([name], compute))
 
 
-def _doubts(identity: Identity, moved: Tensor, gradient: Tensor) -> dict[str, str]:
+def _doubts(noise: float, gradient: Tensor) -> dict[str, str]:
     """Flags of all rows, by the first few images."""
     doubts = {}
     if float(without_gradient(gradient).float().mean()) > WITHOUT_GRADIENT:
         doubts["no_gradient"] = NO_GRADIENT
-    largest, mean = torch.tensor(identity.logits).chunk(2)
-    if float(moved.abs().max()) > NOISE * float((largest - mean).mean()):
+    if noise > SAME:
         doubts["stochastic"] = STOCHASTIC
     return doubts
-
-
-def _key(pieces: Pieces, identity: Identity) -> str:
-    """Of the pieces that are this network's on these samples; one whose code was edited gets others."""
-    key = fingerprint(identity.weights, identity.data)
-    mine: Kept = {"identity": json.dumps(identity.plain())}
-    for number in itertools.count():
-        kept = next(kept for _, kept in pieces.run([f"identity-{key}-{number}"], lambda _: mine))
-        if identity.is_that_of(Identity.of_plain(json.loads(str(kept["identity"])))):
-            return f"{key}-{number}" if number else key
-    raise AssertionError("itertools.count has no end")
 
 
 def _check_classes(y: Tensor, classes: int, expected: int | None) -> None:
@@ -474,6 +455,8 @@ def _result(
     batch_size: int,
 ) -> EvaluationResult:
     samples = plan.samples
+    surrogates = {id(net): net for attack in plan.attacks.values() if (net := getattr(attack, "surrogate", None))}
+    own_surrogates = {number for number, net in surrogates.items() if fingerprint(net) == identity.weights}
     rows: dict[str, AttackResult] = {}
     examples: dict[str, Examples] = {}
     for name, outcome in outcomes.items():
@@ -484,8 +467,7 @@ def _result(
         if says(attack, "batch_coupled"):
             description["batch_size"] = getattr(attack, "batch_size", None) or plan.batch_size
         flags = {**outcome.flags, **doubts}
-        surrogate = getattr(attack, "surrogate", None)
-        if isinstance(surrogate, nn.Module) and fingerprint(surrogate) == identity.weights:
+        if id(getattr(attack, "surrogate", None)) in own_surrogates:
             flags["own_surrogate"] = OWN_SURROGATE
         if description.get("fallback"):
             flags["fallback"] = str(description["fallback"])

@@ -6,13 +6,15 @@ number that was found before, or the half of an evaluation that was interrupted,
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor, nn
 
-from mi_at.attacks.packing import BatchSize, out_of_memory
+from mi_at.attacks.packing import BatchSize, Kept, out_of_memory
 from mi_at.evaluation.outcomes import EvaluationError, Identity
-from mi_at.evaluation.pieces import fingerprint
-from mi_at.evaluation.running import input_gradient, isolated, logits_of
+from mi_at.evaluation.pieces import Pieces, fingerprint
+from mi_at.evaluation.running import clean_logits, input_gradient, isolated, spread
 from mi_at.functional import random
 
 LOOKED_AT = 20  # images
@@ -20,7 +22,7 @@ LOOKED_AT = 20  # images
 
 def identify(
     net: nn.Module, x: Tensor, y: Tensor, index: Tensor, *, device: torch.device, seed: int
-) -> tuple[Identity, Tensor, Tensor]:
+) -> tuple[Identity, float, Tensor]:
     """Look at a network's answers to the first few images.
 
     Args:
@@ -32,7 +34,8 @@ def identify(
         seed: of a stochastic network's noise.
 
     Returns:
-        The identity; by how much a second forward gives other logits [k, K]; and the gradients [k, D].
+        The identity; how far two equal forwards lie apart, at most, in units of the logits' spread; and the
+        gradients [k, D].
 
     Raises:
         EvaluationError: the network fails on the images, or gives what no attack can use.
@@ -41,13 +44,7 @@ def identify(
 
     def look(x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         here, ids = x.to(device), index.to(device)
-        try:
-            logits = logits_of(net, here, ids, seed, "of clean images")
-            again = logits_of(net, here, ids, seed, "of clean images")
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, EvaluationError) or out_of_memory(error):
-                raise
-            raise EvaluationError(f"the network fails on images {tuple(x.shape)}: {error}") from error
+        logits, again = (clean_logits(net, here, ids, seed) for _ in range(2))
         try:
             with random.keyed(ids, random.key(seed, "logits")):
                 gradient = input_gradient(net, here, y.clamp(0, logits.shape[1] - 1))
@@ -65,7 +62,19 @@ def identify(
         logits=_rounded(torch.cat([logits.amax(dim=1), logits.mean(dim=1)])),
         slopes=_rounded(gradient.nan_to_num(0.0, 0.0, 0.0).norm(dim=1)),
     )
-    return identity, again - logits, gradient
+    return identity, float((again - logits).abs().max()) / spread(logits), gradient
+
+
+def key_of(pieces: Pieces, identity: Identity) -> str:
+    """What pieces of this network on these samples are named by; those of one whose code was edited are others."""
+    key = fingerprint(identity.weights, identity.data)
+    mine: Kept = {"identity": json.dumps(identity.plain())}
+    number = 0
+    while True:
+        kept = next(kept for _, kept in pieces.run([f"identity-{key}-{number}"], lambda _: mine))
+        if identity.is_that_of(Identity.of_plain(json.loads(str(kept["identity"])))):
+            return f"{key}-{number}" if number else key
+        number += 1
 
 
 def _why_no_gradient(error: Exception) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mi_at.attacks.autoattack import forked_rng
 from mi_at.attacks.contexts import attacking
-from mi_at.attacks.packing import BatchSize, Kept, Packing, tensor
+from mi_at.attacks.packing import BatchSize, Kept, Packing, out_of_memory, tensor
 from mi_at.evaluation.outcomes import EvalAttack, EvaluationError, Examples, radius
 from mi_at.evaluation.pieces import Pieces, fingerprint
 from mi_at.evaluation.progress import Progress
@@ -24,6 +24,9 @@ from mi_at.functional import random as noise
 from mi_at.functional.geometry import NORMS, norm
 
 TOLERANCE = 1e-5  # what rounding may add to a budget or to the range [0, 1]
+
+# docs/AUDIT.md: float32 logits of one network differ by about 1e-6 of their spread from kernel to kernel.
+SAME = 1e-4
 
 WITHIN = "within_"  # of examples that count as broken within a radius only
 
@@ -409,6 +412,25 @@ def input_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     value = F.cross_entropy(net(x).float(), y.to(x.device), reduction="sum")
     gradient: Tensor | None = torch.autograd.grad(value, x, allow_unused=True)[0]
     return (torch.zeros_like(x) if gradient is None else gradient).flatten(1).cpu()
+
+
+def clean_logits(net: nn.Module, x: Tensor, ids: Tensor, seed: int) -> Tensor:
+    """`logits_of` clean images, the first that a network is shown.
+
+    Raises:
+        EvaluationError: as `logits_of`; or the network fails.
+    """
+    try:
+        return logits_of(net, x, ids, seed, "of clean images")
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, EvaluationError) or out_of_memory(error):
+            raise
+        raise EvaluationError(f"the network fails on images {tuple(x.shape)}: {error}") from error
+
+
+def spread(logits: Tensor) -> float:
+    """How far a sample's logits lie apart, in the median over samples: the unit of a difference."""
+    return max(float((logits.amax(dim=1) - logits.amin(dim=1)).median()), torch.finfo(torch.float32).tiny)
 
 
 def logits_of(net: nn.Module, x: Tensor, ids: Tensor, seed: int, where: str) -> Tensor:

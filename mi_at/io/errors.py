@@ -37,9 +37,7 @@ def explain(error: BaseException) -> str:
         near = guess(str(error.key), known)
         has = ", ".join(known) or f"none so far; +{error.full_key}=<value> adds it"
         return f"unknown key {error.full_key}: {where or 'the configuration'} has {has}{near}"
-    if isinstance(error, OmegaConfBaseException | HydraException) and "Cannot merge DictConfig with ListConfig" in str(
-        error
-    ):
+    if "Cannot merge DictConfig with ListConfig" in str(error):
         key = str(error).partition("full_key: ")[2].split()[0]
         return f"{key}=[...]: names of files are chosen with a slash, {key.replace('.', '/')}=[...]"
     if isinstance(error, MissingMandatoryValue):

@@ -92,7 +92,8 @@ def _records(folder: Path) -> list[Record]:
     order = ("ce", "standard_at", "trades", "mart", "mimae", "ncmi", "shared_info", "namid", "ib_rar")
     found = []
     for path in folder.glob("*/record.json"):
-        record, method = read_record(path), str(read_record(path).names["defense"])
+        record = read_record(path)
+        method = str(record.names["defense"])
         place = order.index(method) if method in order else len(order)
         key = record.key.replace(method, path.parent.name) if path.parent.name.startswith(method) else record.key
         found.append((place, key, replace(record, key=key)))

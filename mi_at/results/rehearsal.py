@@ -142,17 +142,18 @@ def count_training(
         bf16: whether training runs under autocast; what the attack does is its own.
         validations: those of other trainings, of which the same need not be counted again; this one is added.
     """
-    brief: dict[int, _Epoch] = {}  # with one step of the attack
+    brief: dict[int, Cost] = {}  # of epochs, with one step of the attack
     known: dict[Cost, _Epoch] = {}  # with all of them, by the cost with one
     final = _Rehearsal(make, size, bf16)
 
     def rehearsed(epoch: int) -> Cost:
         if epoch not in brief:
-            brief[epoch] = one = _Rehearsal(make, size, bf16, attack_steps=1).epoch(epoch, read=False)
-            if epoch == 0 or one.cost not in known:
+            one = _Rehearsal(make, size, bf16, attack_steps=1).epoch(epoch, read=False)
+            brief[epoch] = one.cost
+            if one.cost not in known:
                 two = _Rehearsal(make, size, bf16, attack_steps=2).epoch(epoch)
                 known[one.cost] = one.with_steps(two, final.attack_steps)
-        return brief[epoch].cost
+        return brief[epoch]
 
     def between(first: int, last: int) -> None:
         """Where two epochs cost alike, so do those between them."""
@@ -168,16 +169,16 @@ def count_training(
     between(0, last)
     costs: list[Cost] = []
     for epoch in range(size.epochs):
-        costs.append(known[brief[epoch].cost].cost if epoch in brief else costs[-1])
+        costs.append(known[brief[epoch]].cost if epoch in brief else costs[-1])
     validation, at_validation = final.validation({} if validations is None else validations)
     steps = size.epochs * math.ceil(size.images / size.batch)
     readings = math.ceil(steps / final.inspect_every) if final.inspect_every else 0
     return Training(
         start=start,
-        step=known[brief[last].cost].step,
+        step=known[brief[last]].step,
         epochs=tuple(costs),
         validation=validation,
-        readings=known[brief[last].cost].reading * readings,
+        readings=known[brief[last]].reading * readings,
         size=size,
         memory=final.kept() + max(at_validation, *(each.peak for each in known.values())),
     )

@@ -101,6 +101,15 @@ def test_an_audit_that_was_killed_goes_on(robust: Task, tmp_path: Path) -> None:
     assert len(forwards) < whole / 5
 
 
+def test_an_audit_of_a_network_whose_code_was_edited_begins_anew(robust: Task, tmp_path: Path) -> None:
+    """Its weights and its words are as before: the ascent that several checks read is not taken over either."""
+    net, x, y = robust
+    audited(planted.Around(net), x, y, "steps", "one_step", state=tmp_path)
+    edited = planted.quantised(net)
+    expected = audited(edited, x, y, "steps", "one_step")
+    assert audited(edited, x, y, "steps", "one_step", state=tmp_path).findings == expected.findings
+
+
 # ---------------------------------------------------------------- an honest network
 def test_honest_network_is_not_accused(robust: Task) -> None:
     net, x, y = robust
