@@ -12,7 +12,7 @@ import numpy as np
 from mi_at.evaluation.intervals import wilson
 from mi_at.evaluation.outcomes import CLEAN, Examples
 from mi_at.functional.geometry import parse_eps
-from mi_at.results.records import AttackRecord, Record
+from mi_at.results.records import AttackRecord, Record, flat
 from mi_at.results.terminal import BARE_FROM, NOT_RUN, format_eps
 
 WORST = "worst_of"
@@ -20,6 +20,7 @@ WORST = "worst_of"
 MEANS = ("objective", "kappa", "restarts", "iterate", "init", "version", "attacks", "queries", "targets", "members")
 SEVERITIES = ("fail", "warn", "not checked", "info", "pass")  # the gravest first
 FINDING = ("check", "severity", "measured", "threshold", "meaning", "todo")
+_TOLD = 3  # settings that a name can hold
 Outcomes = Mapping[str, np.ndarray]
 
 
@@ -365,7 +366,7 @@ def trade_off(found: Sequence[Column]) -> tuple[Column, Column] | None:
 def short_names(records: Sequence[Record]) -> list[str]:
     """Names as short as they can be told apart by: what is the same in all is left out.
 
-    A record whose name another has too gets its number behind it.
+    Records of one name get the settings that differ among them, up to _TOLD of them, or else their number.
     """
     parts = []
     for record in records:
@@ -379,10 +380,26 @@ def short_names(records: Sequence[Record]) -> list[str]:
         parts.append([method, *chosen, f"s{record.seed}", record.budget, rule])
     differing = [place for place in range(len(parts[0])) if place == 0 or len({part[place] for part in parts}) > 1]
     names = [" ".join(filter(None, (part[place] for place in differing))) for part in parts]
+    for name in [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        alike = [place for place, other in enumerate(names) if other == name]
+        for place, settings in zip(alike, _differing_settings([records[place] for place in alike]), strict=True):
+            names[place] = f"{name} {settings}".rstrip()
     return [
         f"{name} #{names[:place].count(name) + 1}" if names.count(name) > 1 else name
         for place, name in enumerate(names)
     ]
+
+
+def _differing_settings(records: Sequence[Record]) -> list[str]:
+    """Each record's values of the settings that are not the same in all, "alpha=0 beta=0"; "" where too many."""
+    configs = [flat(record.config) for record in records]
+    keys = [
+        key
+        for key in sorted(set().union(*configs))
+        if not key.startswith("evaluation.") and len({str(config.get(key, NOT_RUN)) for config in configs}) > 1
+    ]
+    shown = keys if len(keys) <= _TOLD else []
+    return [" ".join(f"{key.rpartition('.')[2]}={config.get(key, NOT_RUN)}" for key in shown) for config in configs]
 
 
 def same_images(a: Outcomes, b: Outcomes, n: int) -> bool:

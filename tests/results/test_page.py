@@ -500,11 +500,18 @@ def test_short_names_tell_records_apart() -> None:
     records = [record for name, record in found.items() if not name.endswith("_without")]
     assert page_data.short_names(records) == [record.names["defense"] for record in records]
     method_and_control = [found["ib_rar"], found["ib_rar_without"]]
-    assert page_data.short_names(method_and_control) == ["ib_rar #1", "ib_rar #2"]
+    assert page_data.short_names(method_and_control) == ["ib_rar alpha=0.008 beta=0.08", "ib_rar alpha=0 beta=0"]
+    assert page_data.short_names([found["shared_info"], *method_and_control]) == [
+        "shared_info",
+        "ib_rar alpha=0.008 beta=0.08",
+        "ib_rar alpha=0 beta=0",
+    ]
     one = records[0]
     assert page_data.short_names([one, replace(one, seed=1)]) == ["ce s0", "ce s1"]
     other = next(record for record in records if record.names["defense"] == "mart")
     assert page_data.short_names([one, one, other]) == ["ce #1", "ce #2", "mart"]
+    elsewhere = replace(one, config={**one.config, "optim": {f"option_{k}": k for k in range(9)}})
+    assert page_data.short_names([one, elsewhere]) == ["ce #1", "ce #2"]
     added = replace(one, names={**one.names, "regularizer": "[ncmi,ib_rar]"})
     assert page_data.short_names([added, one]) == ["ce+ncmi+ib_rar", "ce"]
 
