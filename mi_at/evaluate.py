@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io as streams
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def _typed() -> list[str]:
         key, _, value = override.partition("=")
         if key == "checkpoint":
             said.append(f"{key}={Path(value).name}")
-        elif value and Path(value).is_file():
+        elif os.path.isfile(value):  # noqa: PTH113  Path.is_file() raises for a list of attacks longer than a file name
             said.append(f"{key}=<file>")
         elif not any(
             f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, "processes", "trainer", "again")

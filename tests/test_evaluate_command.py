@@ -18,6 +18,7 @@ from mi_at.results.records import Record, read_record
 from mi_at.results.runs import RECORD
 from tests.commands import Command, Done, command, tiny
 
+CONF = Path(__file__).resolve().parents[1] / "conf"
 QUICK = ("evaluation=quick", "evaluation.n=10", "evaluation.autoattack_n=4")
 
 
@@ -96,6 +97,19 @@ def test_another_evaluation_lies_beside_it(trained: Path) -> None:
         assert record.names["evaluation"] == options[0].partition("=")[2]
     assert len(paths) == 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_attacks_by_name_in_one_command(trained: Path, tmp_path: Path) -> None:
+    """Every name there is but the slowest: a list longer than a file's name may be."""
+    slow = {"autoattack", "autoattack_plus", "autoattack_rand", "cw_l2_search", "cw_l2_targets", "square"}
+    stems = {path.stem for path in (CONF / "evaluation" / "attacks").glob("[!_]*.yaml")}
+    names = sorted(stems - slow)
+    options = ["evaluation=chosen", f"evaluation/attacks=[{','.join(names)}]", "evaluation.n=4", f"output={tmp_path}"]
+    done = evaluate(trained, "checkpoint=best.ckpt", "evaluation.surrogate=last.ckpt", *options)
+    _, record = record_of(done, trained)
+    assert len(",".join(names)) > 255
+    assert slow < stems
+    assert set(names) <= {row.name for row in record.attacks}
 
 
 def test_a_smaller_ball_is_easier(trained: Path, tmp_path: Path) -> None:
