@@ -31,14 +31,25 @@ def print_table(record: Record, *, stream: TextIO | None = None) -> None:
     stream = stream if stream is not None else sys.stdout
     title = f"{record.key}: {record.split} split, {record.checkpoint['rule']} checkpoint, budget {record.budget}"
     rows = [table_row(row) for row in record.attacks]
-    notes = [
-        f"{row.name}: {row.messages[flag]}" for row in record.attacks for flag in row.flags if flag in row.messages
-    ]
-    notes += audit_lines(record)
+    notes = [*flag_lines(record), *audit_lines(record)]
     right = [place for place, heading in enumerate(HEADINGS) if heading in _RIGHT]
     if not (stream.isatty() and _print_rich(title, rows, notes, stream)):
         stream.write("\n".join([title, *columns([HEADINGS, *rows], right), *notes]) + "\n")
     stream.flush()
+
+
+def flag_lines(record: Record) -> list[str]:
+    """Every sentence about a flag once, after the rows it is about; a worst case only where no attack has said it."""
+    said: dict[str, list[AttackRecord]] = {}
+    for row in record.attacks:
+        for flag in row.flags:
+            if flag in row.messages:
+                said.setdefault(row.messages[flag], []).append(row)
+    lines = []
+    for sentence, rows in said.items():
+        attacks = [row for row in rows if "members" not in row.description] or rows
+        lines.append(f"{', '.join(row.name for row in attacks)}: {sentence}")
+    return lines
 
 
 def audit_lines(record: Record) -> list[str]:

@@ -37,6 +37,18 @@ def test_plain_table() -> None:
     assert all("[" in line for line in lines[2:6])
 
 
+def test_a_sentence_is_said_once_after_all_attacks_it_is_about() -> None:
+    flagged = [replace(row, flags=("word",), messages={"word": "A sentence."}) for row in record().attacks]
+    flagged[-2] = replace(flagged[-2], messages={"word": "Another one."})
+    stream = io.StringIO()
+    print_table(replace(record(), attacks=tuple(flagged)), stream=stream)
+    assert stream.getvalue().splitlines()[6:] == ["clean, fgsm: A sentence.", "pgd_20: Another one."]
+    stream = io.StringIO()
+    only_the_worst_case = [replace(row, flags=(), messages={}) for row in flagged[:-1]] + [flagged[-1]]
+    print_table(replace(record(), attacks=tuple(only_the_worst_case)), stream=stream)
+    assert stream.getvalue().splitlines()[6:] == ["worst of fgsm, pgd_20: A sentence."]
+
+
 def test_terminal_table_keeps_the_intervals() -> None:
     pytest.importorskip("rich")
     text = printed(Terminal())
