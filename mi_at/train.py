@@ -31,7 +31,7 @@ from mi_at.callbacks.speed import Speed
 from mi_at.data.base import ImageDataModule
 from mi_at.data.seeding import keyed_generator
 from mi_at.defenses.base import Defense
-from mi_at.evaluation.evaluate import sizes
+from mi_at.evaluation.evaluate import check_taps, sizes
 from mi_at.evaluation.outcomes import EvalAttack
 from mi_at.regularizers.base import Context
 from mi_at.results import loggers
@@ -109,6 +109,9 @@ def run_once(config: Mapping[str, Any]) -> float | None:
     elif run.state in ("trained", "finished"):
         return None  # the first process evaluates
     surrogate_file = None if run.state == "finished" else stages.surrogate_file(config, files, run_once)
+    if run.state in ("new", "resumed"):  # what the attacks lack is found now too
+        surrogate = stages.load_surrogate(surrogate_file, config) if surrogate_file else None
+        check_taps(defense.net, io.bind(attacks, surrogate=surrogate, defense=defense))
     if run.state == "new":
         stages.equip(config, defense, data, files, run_once)
     if run.state == "resumed":

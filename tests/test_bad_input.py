@@ -43,6 +43,11 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "set it to []",
     ),
     "evaluation=chosen +evaluation.outputs.of=[pgd_20]": ("outputs.of=pgd_20: expected some of clean",),
+    # what its attacks need
+    "evaluation=black_box": ("evaluation.attacks.transfer_pgd_20 is made on another network", "evaluation.surrogate="),
+    "evaluation=chosen evaluation/attacks=[representation] evaluation.attacks.representation.tap=no_such": (
+        "attack representation: tap='no_such': expected one of conv1, conv2",
+    ),
     "evaluation.outputs=true": ("evaluation.outputs has no of", "{of: [clean]}"),
     "probe_ncmi=yes_please": ("probe_ncmi=yes_please", "true or false"),
     # the attack

@@ -152,7 +152,7 @@ def evaluate(
         _check_classes(y, classes, num_classes)
         samples = Samples(x, y, index, tensor(clean, "prediction"))
         adapted = {name: _for_classes(attack, classes) for name, attack in attacks.items()}
-        _check_taps(net, adapted)
+        check_taps(net, adapted)
         plan = Plan(
             attacks=_with_surrogates(adapted, samples, pieces, key, device=device, batch=batch, seed=seed),
             counts=counts,
@@ -234,6 +234,24 @@ def sizes(
                 f"{what}={count}, but the split has {available} samples: ask for {available} or fewer"
             )
     return counts
+
+
+def check_taps(net: nn.Module, attacks: Mapping[str, Any]) -> None:
+    """Before hours of other attacks: a layer that one of them looks at must be there.
+
+    Args:
+        net: with named taps, or without any.
+        attacks: by name.
+
+    Raises:
+        EvaluationError: a layer that is not there; the message lists those that are.
+    """
+    for name, attack in attacks.items():
+        if (tap := getattr(attack, "tap", None)) is not None:
+            try:
+                check_tap(net, tap)
+            except ValueError as error:
+                raise EvaluationError(f"attack {name}: {error}") from error
 
 
 def _at_most(n_of: Mapping[str, int | None] | None, n: int | None) -> dict[str, int | None]:
@@ -363,16 +381,6 @@ def _check_classes(y: Tensor, classes: int, expected: int | None) -> None:
 def _for_classes(attack: Any, classes: int) -> EvalAttack:
     adapted: EvalAttack = attack.for_classes(classes) if hasattr(attack, "for_classes") else attack
     return adapted
-
-
-def _check_taps(net: nn.Module, attacks: Mapping[str, Any]) -> None:
-    """Before hours of other attacks: a layer that one of them looks at must be there."""
-    for name, attack in attacks.items():
-        if (tap := getattr(attack, "tap", None)) is not None:
-            try:
-                check_tap(net, tap)
-            except ValueError as error:
-                raise EvaluationError(f"attack {name}: {error}") from error
 
 
 def _with_surrogates(

@@ -124,7 +124,7 @@ def serve(
 
     Raises:
         CheckpointError: as `load` and `load_own`.
-        ValueError: as `bind`.
+        ValueError: as `bind`, and where mutual information is to be estimated without trained estimators.
     """
     evaluation, defense = config["evaluation"], None
     adaptive: dict[str, EvalAttack] | None = None
@@ -143,8 +143,14 @@ def serve(
     else:
         net = load(trained, device)
     bound = bind(attacks, surrogate=surrogate, defense=defense, guides=lambda: guides_of(data.test_dataloader()))
-    estimators = isinstance(defense, MIEstimators) and evaluation.get("mutual_information")
-    critics = {name: getattr(defense, name) for name in CRITICS} if estimators else None
+    wanted = list(evaluation.get("mutual_information") or ())
+    if wanted and not isinstance(defense, MIEstimators):
+        found = "a network trained elsewhere" if defense is None else type(defense).__name__
+        raise ValueError(
+            f"evaluation.mutual_information={wanted}: {found} has no trained estimators; evaluate a run of "
+            "defense=mi_estimators, which trains them on a network and carries both"
+        )
+    critics = {name: getattr(defense, name) for name in CRITICS} if wanted else None
     return Served(net, bound, adaptive, variants, critics)
 
 
