@@ -89,7 +89,8 @@ def test_a_surrogate_that_is_no_run(trained: Path, tmp_path: Path) -> None:
 def test_another_evaluation_lies_beside_it(trained: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.iterdir() if path.is_file()}
     paths = set()
-    for options in (QUICK, ("evaluation=none",), (*QUICK, "evaluation.eps=0.05"), (*QUICK, "evaluation.seed=1")):
+    fgsm = ("evaluation=chosen", "evaluation/attacks=[fgsm]", "evaluation.n=10")
+    for options in (fgsm, ("evaluation=none",), (*fgsm, "evaluation.eps=0.05"), (*fgsm, "evaluation.seed=1")):
         path, record = record_of(evaluate(trained.parent, "checkpoint=run/last.ckpt", *options), trained.parent)
         paths.add(path)
         assert path.parent.parent == trained / "evaluations"
@@ -115,8 +116,8 @@ def test_attacks_by_name_in_one_command(trained: Path, tmp_path: Path) -> None:
 def test_a_smaller_ball_is_easier(trained: Path, tmp_path: Path) -> None:
     found = []
     for eps in ("0", "0.02", "80/255"):
-        options = ("evaluation=quick", "evaluation.n=40", f"evaluation.eps={eps}", f"output={tmp_path}")
-        _, record = record_of(evaluate(trained, "checkpoint=best.ckpt", *options, "evaluation.autoattack_n=1"), trained)
+        attacks = ("evaluation=chosen", "evaluation/attacks=[pgd_20]", "evaluation.n=40", f"evaluation.eps={eps}")
+        _, record = record_of(evaluate(trained, "checkpoint=best.ckpt", *attacks, f"output={tmp_path}"), trained)
         found.append(record["pgd_20"].accuracy)
         clean = record["clean"].accuracy
     assert found[0] == clean
