@@ -6,6 +6,7 @@ command says it (model=, dataset=). From Python, `robustness` does the same with
 
 from __future__ import annotations
 
+import functools
 import io as streams
 import json
 import os
@@ -29,7 +30,17 @@ from mi_at.evaluation.outcomes import EvaluationResult, Identity
 from mi_at.functional.geometry import parse_eps
 from mi_at.results import loggers
 from mi_at.results.measure import assess, measure
-from mi_at.results.records import NOT_HASHED, AttackRecord, Record, RecordError, config_hash, read_record, run_key
+from mi_at.results.page import PAGE, write_page
+from mi_at.results.records import (
+    NOT_HASHED,
+    AttackRecord,
+    Record,
+    RecordError,
+    config_hash,
+    read_outcomes,
+    read_record,
+    run_key,
+)
 from mi_at.results.runs import EVALUATIONS, RECORD, TRAINED
 from mi_at.results.terminal import print_header, print_table
 
@@ -86,6 +97,8 @@ def evaluate(cfg: DictConfig) -> None:
     if not cfg.again and (record := _finished(path, stands_for, served.net, data, settings, device)):
         print_header(key, facts)
         print_table(record)
+        if not path.with_name(PAGE).is_file():
+            write_page(path.with_name(PAGE), [path])
         print(f"evaluated on {record.date[:10]}; again=true attacks anew")
         return
     notes = found.path.parent / TRAINED
@@ -126,9 +139,10 @@ def _finished(
     settings: Mapping[str, Any],
     device: str,
 ) -> Record | None:
-    """The record of the same evaluation of the same network and images, if it is there and whole."""
+    """The record of the same evaluation of the same network and images, if it and its outcomes are there and whole."""
     try:
         record = read_record(path)
+        read_outcomes(path.with_suffix(".npz"))
     except RecordError:
         return None
     if {key: record.checkpoint.get(key) for key in checkpoint} != dict(checkpoint):
@@ -300,7 +314,8 @@ def robustness(
         norm: "linf" or "l2"; None: the protocol's, "linf" for images at hand.
         step_size: None: the protocol's, eps / 4 for images at hand.
         n: the first n samples; None: the protocol's number.
-        overrides: further values, as on the command line: "evaluation.n_of.autoattack=100".
+        overrides: further values of the evaluation, as on the command line: "evaluation.n_of.autoattack=100",
+            "evaluation.surrogate=run/best.ckpt".
         device: "auto", "cpu" or "cuda".
         progress: show it, on standard error.
 
@@ -333,6 +348,12 @@ def robustness(
     chosen = [f"dataset={data}"] if isinstance(data, str) else []
     if isinstance(overrides, str):
         raise ValueError(f"overrides={overrides!r}: expected a list of them, [{overrides!r}]")
+    allowed = ("evaluation.", "evaluation/", *(["dataset."] if isinstance(data, str) else []))
+    if useless := [override for override in overrides if not override.lstrip("+~").startswith(allowed)]:
+        raise ValueError(
+            f"overrides={useless}: mi_at.robustness has no use for it; expected what begins with "
+            f"{' or '.join(allowed)}, and the rest as its arguments"
+        )
     cfg = io.compose(evaluation, [*chosen, *given, *overrides])
     OmegaConf.set_struct(cfg, False)
     source: Any
@@ -343,7 +364,7 @@ def robustness(
         if eps is None and _is_customary(cfg):
             raise ValueError("eps=None: images at hand have no customary radius; give one, such as eps='8/255'")
         quarter = "${mul:0.25,${evaluation.eps}}" if "eps" in cfg.evaluation else None
-        cfg.dataset = {"name": "given", "eps": eps, "norm": "linf", "step_size": quarter}
+        cfg.dataset = {"name": io.AT_HAND, "eps": eps, "norm": "linf", "step_size": quarter}
     config = io.plain(OmegaConf.create({"seed": 0, "dataset": cfg.dataset, "evaluation": cfg.evaluation}))
     config |= {
         "evaluation": io.resolve_evaluation(config["evaluation"]),
@@ -368,9 +389,13 @@ def robustness(
         for name, count in config["evaluation"]["n_of"].items():
             if f"evaluation.n_of.{name}" not in named:
                 config["evaluation"]["n_of"][name] = min(count, len(source.y))
+    config, files = stages.identify_surrogate(config)
+    surrogate_file = stages.surrogate_file(config, files, train=None)
+    surrogate = stages.load_surrogate(surrogate_file, config, device_of(device)) if surrogate_file else None
+    guides = functools.partial(io.guides_of, source.test_dataloader())
     record, outcomes = assess(
         net,
-        io.bind(io.build_attacks(config["evaluation"]), guides=lambda: io.guides_of(source.test_dataloader())),
+        io.bind(io.build_attacks(config["evaluation"]), surrogate=surrogate, guides=guides),
         source,
         config=config,
         checkpoint={"rule": "at hand", "weights": config["weights"]},

@@ -1,5 +1,6 @@
 """python -m mi_at.compare: two runs or sets of seeds, and what may not be compared."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,26 @@ def test_seeds_are_paired(tmp_path: Path) -> None:
     assert [row.name for row in rows] == ["clean"]
     assert rows[0].difference.n == 3
     assert any("fgsm: eps 0.02 and 0.03" in sentence for sentence in apart)
+
+
+def test_another_attack_under_the_same_name_is_not_compared(tmp_path: Path) -> None:
+    """Nor a worst case over it; what an older record does not know of its attacks keeps nobody apart."""
+    sides = {}
+    for name, described in (("a", {}), ("b", {"restarts": 10, "objective": "margin"}), ("old", None)):
+        side = read_side(run(tmp_path / name))
+        made = side.records[0]
+        rows = [
+            replace(row, description={} if described is None else {**row.description, "restarts": 1, **described})
+            if row.name == "pgd_20"
+            else row
+            for row in made.attacks
+        ]
+        sides[name] = replace(side, records=(replace(made, attacks=tuple(rows)),))
+    rows, apart = compare(sides["a"], sides["b"])
+    assert [row.name for row in rows] == ["clean", "fgsm"]
+    assert any(sentence.startswith("pgd_20: ") and "restarts 1 and 10" in sentence for sentence in apart)
+    assert "worst of fgsm, pgd_20: pgd_20 is not the same attack on both" in apart
+    assert compare(sides["a"], sides["old"])[1] == compare(sides["a"], sides["a"])[1] == []
 
 
 def test_matched_clean_accuracy_over_seeds(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import mi_at
 from mi_at.results.measure import STATE
 from mi_at.results.records import Record, read_record
 from mi_at.results.runs import RECORD
@@ -74,6 +75,29 @@ def test_other_weights_under_the_same_name_are_evaluated(trained: Path, tmp_path
     _, other = record_of(anew, tmp_path)
     assert other["clean"].correct < first["clean"].correct
     assert other.checkpoint == first.checkpoint, "a file says nothing of it"
+
+
+def test_what_is_missing_beside_a_record_is_made_again(trained: Path, tmp_path: Path) -> None:
+    options = ("checkpoint=best.ckpt", "evaluation=none", f"output={tmp_path}")
+    path, _ = record_of(evaluate(trained, *options), trained)
+    page, outcomes = path.with_name("record.html"), path.with_suffix(".npz")
+    page.unlink()
+    assert "attacks anew" in evaluate(trained, *options).out
+    assert page.is_file()
+    outcomes.write_bytes(b"half a file")
+    assert "attacks anew" not in evaluate(trained, *options).out
+    assert np.load(outcomes)["label"].shape == (360,)
+
+
+def test_a_surrogate_from_python(trained: Path) -> None:
+    """Of a named data set, and of images at hand."""
+    net = mi_at.load(trained / "best.ckpt")
+    given = [f"evaluation.surrogate={trained / 'last.ckpt'}", "evaluation/attacks=[transfer_pgd_20]"]
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
+    for data, eps in (("digits", None), ((x, y), 0.1)):
+        found = mi_at.robustness(net, data, evaluation="chosen", eps=eps, n=6, overrides=given, progress=False)
+        assert found["transfer_pgd_20"].description["surrogate"]["name"] == "mimae-digits-cnn_tiny"
+        assert "own_surrogate" not in found["transfer_pgd_20"].flags
 
 
 def test_a_surrogate_that_is_no_run(trained: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -174,9 +174,10 @@ def evaluate(
         if pieces.folder is not None:
             runner.run_free()  # what another process is at can wait until all else is done
         outcomes = {name: runner.finished(name) for name in plan.attacks}
+        own = _own_surrogates(plan, identity, device)
     if bool(tensor(clean, "softmax")):
         doubts["softmax"] = SOFTMAX
-    return _result(plan, outcomes, clean, identity, doubts, classes=classes, batch_size=runner.batch.size)
+    return _result(plan, outcomes, clean, identity, doubts, own, classes=classes, batch_size=runner.batch.size)
 
 
 def identity_of(
@@ -416,6 +417,18 @@ def _with_surrogates(
     return completed
 
 
+def _own_surrogates(plan: Plan, identity: Identity, device: torch.device) -> set[int]:
+    """Those, by `id`, that answer as the network under attack does, in whatever wrapper."""
+    surrogates = {id(net): net for attack in plan.attacks.values() if (net := getattr(attack, "surrogate", None))}
+    samples, own = plan.samples, set()
+    for number, net in surrogates.items():
+        with prepared(net, plan.seed):
+            theirs = identify(net, samples.x, samples.y, samples.index, device=device, seed=plan.seed)[0]
+        if theirs.answers_like(identity):
+            own.add(number)
+    return own
+
+
 def _block(pieces: Pieces, key: str, batch_size: int, n: int, processes: int) -> int | None:
     """Samples of a piece: what the first sitting chose, for all later ones."""
     if pieces.folder is None:
@@ -458,13 +471,12 @@ def _result(
     clean: Kept,
     identity: Identity,
     doubts: Mapping[str, str],
+    own_surrogates: Collection[int],
     *,
     classes: int,
     batch_size: int,
 ) -> EvaluationResult:
     samples = plan.samples
-    surrogates = {id(net): net for attack in plan.attacks.values() if (net := getattr(attack, "surrogate", None))}
-    own_surrogates = {number for number, net in surrogates.items() if fingerprint(net) == identity.weights}
     rows: dict[str, AttackResult] = {}
     examples: dict[str, Examples] = {}
     for name, outcome in outcomes.items():

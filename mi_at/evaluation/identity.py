@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from mi_at.attacks.packing import BatchSize, Kept, out_of_memory
 from mi_at.evaluation.outcomes import EvaluationError, Identity
 from mi_at.evaluation.pieces import Pieces, fingerprint
-from mi_at.evaluation.running import clean_logits, input_gradient, isolated, spread
+from mi_at.evaluation.running import clean_logits, input_gradient, isolated, logits_of, spread
 from mi_at.functional import random
 
 LOOKED_AT = 20  # images
+PERTURBED = 0.1  # linf, in pixels: a network may round its images, which shows on none that are rounded already
+IN_PLACE = "the network changes its images in place: let it work on a copy, x = x.clone()"
 
 
 def identify(
@@ -41,10 +43,17 @@ def identify(
         EvaluationError: the network fails on the images, or gives what no attack can use.
     """
     few = slice(0, LOOKED_AT)
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.rand(x[few].shape, generator=generator) * 2 - 1
+    toward = torch.randn(x[few].flatten(1).shape, generator=generator)
 
-    def look(x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        here, ids = x.to(device), index.to(device)
-        logits, again = (clean_logits(net, here, ids, seed) for _ in range(2))
+    def look(x: Tensor, y: Tensor, index: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        here, ids = x.to(device, copy=True), index.to(device)
+        logits = clean_logits(net, here, ids, seed)
+        if not torch.equal(here.cpu(), x.cpu()):
+            raise EvaluationError(IN_PLACE)
+        again = clean_logits(net, here, ids, seed)
+        perturbed = logits_of(net, (here + PERTURBED * shift.to(here)).clamp(0, 1), ids, seed, "of perturbed images")
         try:
             with random.keyed(ids, random.key(seed, "logits")):
                 gradient = input_gradient(net, here, y.clamp(0, logits.shape[1] - 1))
@@ -52,15 +61,17 @@ def identify(
             if out_of_memory(error):
                 raise
             raise EvaluationError(_why_no_gradient(error)) from error
-        return logits.cpu(), again.cpu(), gradient
+        return logits.cpu(), again.cpu(), perturbed.cpu(), gradient
 
     with isolated(seed):
-        logits, again, gradient = BatchSize(LOOKED_AT).map(look, x[few], y[few], index[few])
+        logits, again, perturbed, gradient = BatchSize(LOOKED_AT).map(look, x[few], y[few], index[few], shift)
+    answers = torch.cat([logits, perturbed])
+    finite = gradient.nan_to_num(0.0, 0.0, 0.0)
     identity = Identity(
         weights=fingerprint(net),
         data=fingerprint(x, y, index),
-        logits=_rounded(torch.cat([logits.amax(dim=1), logits.mean(dim=1)])),
-        slopes=_rounded(gradient.nan_to_num(0.0, 0.0, 0.0).norm(dim=1)),
+        logits=_rounded(torch.cat([answers.amax(dim=1), answers.median(dim=1).values])),
+        slopes=_rounded(torch.cat([finite.norm(dim=1), (finite * toward.to(finite)).sum(dim=1)])),
     )
     return identity, float((again - logits).abs().max()) / spread(logits), gradient
 
@@ -79,7 +90,7 @@ def key_of(pieces: Pieces, identity: Identity) -> str:
 
 def _why_no_gradient(error: Exception) -> str:
     if "in-place" in str(error):
-        return f"the network changes its images in place: let it work on a copy, x = x.clone() ({error})"
+        return f"{IN_PLACE} ({error})"
     return f"the network gives no gradient of its images: {error}"
 
 

@@ -429,8 +429,12 @@ def clean_logits(net: nn.Module, x: Tensor, ids: Tensor, seed: int) -> Tensor:
 
 
 def spread(logits: Tensor) -> float:
-    """How far a sample's logits lie apart, in the median over samples: the unit of a difference."""
-    return max(float((logits.amax(dim=1) - logits.amin(dim=1)).median()), torch.finfo(torch.float32).tiny)
+    """How far a sample's largest logit lies above its median one, in the median over samples: the unit of a difference.
+
+    Not above the smallest: a class masked by a large constant would make every difference a small one.
+    """
+    above = logits.amax(dim=1) - logits.median(dim=1).values
+    return max(float(above.median()), torch.finfo(torch.float32).tiny)
 
 
 def logits_of(net: nn.Module, x: Tensor, ids: Tensor, seed: int, where: str) -> Tensor:

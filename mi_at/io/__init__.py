@@ -26,9 +26,10 @@ from mi_at.io.configuration import (
     resolve_evaluation,
 )
 from mi_at.io.errors import USER_ERRORS, explain, message
-from mi_at.io.serving import Served, Surrogate, adaptive_attacks, bind, guides_of, load_surrogate, serve
+from mi_at.io.serving import AT_HAND, Served, Surrogate, adaptive_attacks, bind, guides_of, load_surrogate, serve
 
 __all__ = [
+    "AT_HAND",
     "EXTRAS",
     "USER_ERRORS",
     "Checkpoint",

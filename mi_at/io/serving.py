@@ -20,6 +20,8 @@ from mi_at.evaluation.outcomes import EvalAttack
 from mi_at.io.checkpoints import Checkpoint, Weights, load, load_defense, load_own, load_raw, read_checkpoint
 
 AUTO_TAP, FEATURES = "auto", "features"
+AT_HAND = "given"
+"""Name of a data set that is no data set: images that a caller has."""
 GUIDES = 1000
 """Images that guides are drawn from."""
 
@@ -197,7 +199,7 @@ def load_surrogate(path: str | Path, dataset: Mapping[str, Any], device: str | t
 
     Args:
         path: its checkpoint.
-        dataset: the resolved `dataset` node of the network under attack.
+        dataset: the resolved `dataset` node of the network under attack; of `AT_HAND` nothing is compared.
         device: where to put it.
 
     Raises:
@@ -208,7 +210,7 @@ def load_surrogate(path: str | Path, dataset: Mapping[str, Any], device: str | t
     config = checkpoint.config
     theirs = config["dataset"]
     for key in ("name", "num_classes", "channels", "image_size"):
-        if theirs.get(key) != dataset.get(key):
+        if dataset.get("name") != AT_HAND and theirs.get(key) != dataset.get(key):
             raise ValueError(
                 f"evaluation.surrogate={path} was trained on {theirs.get('name')} ({key} {theirs.get(key)}), but the "
                 f"network under attack on {dataset.get('name')} ({key} {dataset.get(key)}): choose one of the same data"

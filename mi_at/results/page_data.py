@@ -396,8 +396,9 @@ def _differing_settings(records: Sequence[Record]) -> list[str]:
     keys = [
         key
         for key in sorted(set().union(*configs))
-        if not key.startswith("evaluation.") and len({str(config.get(key, NOT_RUN)) for config in configs}) > 1
+        if len({str(config.get(key, NOT_RUN)) for config in configs}) > 1
     ]
+    keys = [key for key in keys if not key.startswith("evaluation.")] or keys  # what was trained comes first
     shown = keys if len(keys) <= _TOLD else []
     return [" ".join(f"{key.rpartition('.')[2]}={config.get(key, NOT_RUN)}" for key in shown) for config in configs]
 

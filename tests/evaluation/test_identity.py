@@ -36,6 +36,7 @@ class Edited(nn.Module):
 X = images(48, side=8)
 Y = predicted(small_conv(), X)
 ATTACKS = {"fgsm": FGSM(eps=EPS), "pgd": PGD(eps=EPS, step_size=EPS / 4, steps=8)}
+X16 = (images(48, side=8) * 16).round() / 16
 EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "another normalisation": lambda x: (x - 0.3) / 0.4,
     "a detached input": lambda x: x.detach(),
@@ -76,7 +77,7 @@ def test_pieces_of_the_same_network_are_taken_up(tmp_path: Path) -> None:
 
     before = run(Edited(), tmp_path)
     assert_same(run(Edited(counted), tmp_path), before)
-    assert len(calls) <= 3, "two forwards and one gradient of the first images"
+    assert len(calls) <= 4, "three forwards and one gradient of the first images"
 
 
 def test_what_tells_two_evaluations_apart() -> None:
@@ -90,6 +91,29 @@ def test_what_tells_two_evaluations_apart() -> None:
     for edit in EDITS.values():
         assert not mine.is_that_of(of(Edited(edit)))
     assert not mine.is_that_of(None)
+
+
+def test_what_shows_on_perturbed_images_or_in_the_gradients_direction_alone() -> None:
+    """A straight-through rounding of images that are round already; a layer that turns the gradient."""
+    straight = Edited(lambda x: x + ((x * 16).round() / 16 - x).detach())
+    assert torch.equal(straight(X16), Edited()(X16))
+    assert not of(Edited(), x=X16).is_that_of(of(straight, x=X16))
+    turned = Edited(lambda x: (2 * x).detach() - x)
+    assert torch.allclose(turned(X), Edited()(X), atol=1e-5)
+    assert not of(Edited()).is_that_of(of(turned))
+
+
+def test_a_masked_class_drowns_nothing() -> None:
+    mask = Answer(lambda logits: torch.cat([logits, torch.full((len(logits), 1), -1e6)], 1))
+    edited = Answer(lambda logits: torch.cat([1.05 * logits, torch.full((len(logits), 1), -1e6)], 1))
+    assert not of(mask).is_that_of(of(edited))
+    noisy = Answer(lambda z: torch.cat([z + 0.01 * torch.randn_like(z), torch.full((len(z), 1), -1e6)], 1))
+    assert all("stochastic" in row.flags for row in run_of_any(noisy).rows())
+    assert not any("stochastic" in row.flags for row in run_of_any(mask).rows())
+
+
+def run_of_any(net: nn.Module) -> EvaluationResult:
+    return evaluate(net, ATTACKS, loader(X, Y), progress=False)
 
 
 def test_what_rounding_moves_is_the_same() -> None:
@@ -131,8 +155,9 @@ class Answer(nn.Module):
         (Answer(lambda logits: logits[:, :1]), "the network gave one logit an image: expected one for each class"),
         (Answer(lambda logits: logits / 0), "NaN or infinite for 20 of 20 samples: every logit must be finite"),
         (Edited(lambda x: x.mul_(0.5)), r"the network changes its images in place: .* x = x.clone\(\)"),
+        (Edited(lambda x: x.data.mul_(0.5)), r"the network changes its images in place: .* x = x.clone\(\)"),
     ],
-    ids=["whole numbers", "one class", "infinite", "in place"],
+    ids=["whole numbers", "one class", "infinite", "in place", "in place, unseen by autograd"],
 )
 def test_what_a_network_must_give(net: nn.Module, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
@@ -142,6 +167,8 @@ def test_what_a_network_must_give(net: nn.Module, message: str) -> None:
 def test_a_network_that_is_its_own_surrogate_is_no_black_box() -> None:
     attack = Transfer(kind="fgsm", options={"eps": EPS}).with_surrogate(small_conv(), name="itself")
     other = attack.with_surrogate(small_conv(seed=1), name="other")
-    found = evaluate(small_conv(), {"own": attack, "other": other}, loader(X, Y), progress=False)
-    assert found["own"].flags == ("own_surrogate",)
+    wrapped = attack.with_surrogate(Edited(), name="under another name")
+    attacks = {"own": attack, "other": other, "wrapped": wrapped}
+    found = evaluate(small_conv(), attacks, loader(X, Y), progress=False)
+    assert found["own"].flags == found["wrapped"].flags == ("own_surrogate",)
     assert found["other"].flags == ()

@@ -512,6 +512,8 @@ def test_short_names_tell_records_apart() -> None:
     assert page_data.short_names([one, one, other]) == ["ce #1", "ce #2", "mart"]
     elsewhere = replace(one, config={**one.config, "optim": {f"option_{k}": k for k in range(9)}})
     assert page_data.short_names([one, elsewhere]) == ["ce #1", "ce #2"]
+    evaluated = replace(one, config={**one.config, "evaluation": {**one.config["evaluation"], "seed": 9}})
+    assert page_data.short_names([one, evaluated]) == ["ce seed=0", "ce seed=9"]
     added = replace(one, names={**one.names, "regularizer": "[ncmi,ib_rar]"})
     assert page_data.short_names([added, one]) == ["ce+ncmi+ib_rar", "ce"]
 
