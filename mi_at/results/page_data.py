@@ -394,9 +394,7 @@ def _differing_settings(records: Sequence[Record]) -> list[str]:
     """Each record's values of the settings that are not the same in all, "alpha=0 beta=0"; "" where too many."""
     configs = [flat(record.config) for record in records]
     keys = [
-        key
-        for key in sorted(set().union(*configs))
-        if len({str(config.get(key, NOT_RUN)) for config in configs}) > 1
+        key for key in sorted(set().union(*configs)) if len({str(config.get(key, NOT_RUN)) for config in configs}) > 1
     ]
     keys = [key for key in keys if not key.startswith("evaluation.")] or keys  # what was trained comes first
     shown = keys if len(keys) <= _TOLD else []
