@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -422,10 +422,10 @@ def _own_surrogates(plan: Plan, identity: Identity, device: torch.device) -> set
     surrogates = {id(net): net for attack in plan.attacks.values() if (net := getattr(attack, "surrogate", None))}
     samples, own = plan.samples, set()
     for number, net in surrogates.items():
-        with prepared(net, plan.seed):
+        with suppress(EvaluationError), prepared(net.to(device), plan.seed):  # one that fails is another network
             theirs = identify(net, samples.x, samples.y, samples.index, device=device, seed=plan.seed)[0]
-        if theirs.answers_like(identity):
-            own.add(number)
+            if theirs.answers_like(identity):
+                own.add(number)
     return own
 
 

@@ -77,7 +77,7 @@ def test_killed_and_resumed_is_the_same(killed: tuple[Path, list[Path]], expecte
     assert {path: path.stat().st_mtime_ns for path in finished(state)} == done
 
 
-IDENTIFYING = 3
+IDENTIFYING = 4
 """Forwards of the first images by which an evaluation tells whether the network is still the same."""
 
 
