@@ -4,6 +4,7 @@
 #   PYTHON=python3       the Python of `make gpu`, used as it is
 #   ARGS="..."           appended: overrides for demo, options of pytest for the tests
 #   WORKERS=2            processes of the tests
+#   MINUTES=4            of the benchmark of `make gpu`, after which no further row is begun
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,6 +13,7 @@ SHELL := /bin/bash
 PY ?=
 PYTHON ?= python3
 WORKERS ?= 2
+MINUTES ?= 4
 ARGS ?=
 VENV ?= .venv
 
@@ -99,7 +101,7 @@ gpu: ## the tests marked gpu and the step benchmark, with the Python that is the
 	  $(PYTHON) -c 'import sys, torch; print("make gpu:", torch.cuda.get_device_name(), "- torch", torch.__version__, "- Python", sys.version.split()[0])'; \
 	  files=$$(grep -rlE --include='test_*.py' 'mark\.gpu\b' tests || true); \
 	  if [ -n "$$files" ]; then $(PYTHON) -m pytest -m gpu $$files $(ARGS); else echo "make gpu: no test is marked gpu"; fi; \
-	  $(PYTHON) benchmarks/step.py --gpu; \
+	  $(PYTHON) benchmarks/step.py --gpu --minutes $(MINUTES); \
 	else \
 	  echo "make gpu: no GPU here ($(PYTHON), torch.cuda.is_available() is False); nothing was run."; \
 	fi

@@ -194,6 +194,14 @@ def test_stages_are_lines_of_their_own_and_counted_once(planned: Planned, tmp_pa
     assert [entry.cell for entry in planned().entries] == ["S", "before: mi_estimators", "N"]  # its reference is a cell
 
 
+def test_with_a_validation_split_stages_are_counted_too(planned: Planned, tmp_path: Path) -> None:
+    """What tells one validation from another is the shapes of a state that holds more than tensors."""
+    write_table(tmp_path, cells={"A": ["defense=namid", "dataset.val_size=40"]}, seeds=[0], shared=SMALL)
+    stages = [entry.training for entry in planned().entries]
+    assert len(stages) == 3
+    assert all(stage is not None and stage.validation.total > 0 for stage in stages)
+
+
 def test_one_training_in_several_cells_is_counted_once(planned: Planned, tmp_path: Path) -> None:
     """Two cells that differ in their evaluation."""
     cells = {"A": ["defense=ce"], "B": ["defense=ce", "select=last"]}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 
 from mi_at.attacks import objectives
 from mi_at.attacks.contexts import attacking
@@ -323,7 +323,8 @@ class _Rehearsal:
         if not images:
             return Cost(), 0
         rule: Any = type(self.defense)
-        shapes = tuple((name, value.shape, value.dtype) for name, value in self.defense.state_dict().items())
+        state = self.defense.state_dict().items()  # an estimator's holds plain values beside tensors
+        shapes = tuple((name, value.shape, value.dtype) for name, value in state if isinstance(value, Tensor))
         key = (rule.validation_step, rule.selection_adversaries, images, self.bf16, type(self.defense.net), shapes)
         if key not in known:
             batch = self.size.images_of(images)

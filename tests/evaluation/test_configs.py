@@ -145,7 +145,7 @@ def test_quick_is_what_the_demo_shows() -> None:
     [
         ("quick", "digits", "f0460ad06de7"),
         ("none", "digits", "80b9251d61bf"),
-        ("head_to_head_short", "cifar10", "4c606ae044f6"),
+        ("head_to_head_short", "cifar10", "73db3b2fab3a"),
         ("mimae", "cifar10", "e34fd9553448"),
         ("mimae_mnist", "digits", "9cd81f6724ac"),
     ],
@@ -179,7 +179,8 @@ def test_mimae_as_printed_carries_its_reach_flags() -> None:
 
 def test_head_to_head_short_is_the_protocol_of_methods_a10() -> None:
     config, built = resolved("head_to_head_short"), attacks("head_to_head_short")
-    assert config["n_of"] == dict.fromkeys(["pgd_50x10", "cw_50x10", "square", "autoattack"], 200)
+    assert config["n_of"] == dict.fromkeys(["pgd_50x10", "cw_50x10", "square", "autoattack"], 200) | {"adaptive": 1000}
+    assert config["audit"]["n"] == 200
     assert all((built[name].steps, built[name].restarts) == (50, 10) for name in ("pgd_50x10", "cw_50x10"))
     assert built["square"].attacks == ("square",)
     assert built["square"].queries == 5000
