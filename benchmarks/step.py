@@ -378,7 +378,7 @@ class Stretch:
             for _ in range(self.WATCHED):
                 yield next(self.loader)
             self._watch("default")
-        places = {f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)}
+        places = {f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)}
         self.waits = sorted(places)
         start = self._now()
         yield next(self.loader)

@@ -37,7 +37,7 @@ from mi_at.regularizers.base import Context
 from mi_at.results import loggers
 from mi_at.results.measure import measure
 from mi_at.results.records import config_hash, read_record, run_key
-from mi_at.results.runs import EVALUATIONS, RECORD, Run, find_run, let_go_of_all
+from mi_at.results.runs import EVALUATIONS, RECORD, Run, find_run, is_kept, let_go_of_all
 from mi_at.results.terminal import print_header, print_table
 
 OWN_TRAINER_OPTIONS = ("channels_last", "compile", "inspect_every")
@@ -330,6 +330,7 @@ def header(config: Mapping[str, Any], run: Run, net: nn.Module) -> dict[str, str
         f"none for {choices['defense']}_{choices['dataset']}_{choices['model']}: customary threat model of the data"
     )
     parameters = sum(parameter.numel() for parameter in net.parameters())
+    state = "another process is at it" if run.state != "finished" and is_kept(run.folder) else run.state
     return {
         "defense": " + ".join([choices["defense"], *config["regularizer"]]),
         "data": f"{choices['dataset']}, batch {data['batch_size']}, validation {data['val_size']}",
@@ -339,7 +340,7 @@ def header(config: Mapping[str, Any], run: Run, net: nn.Module) -> dict[str, str
         "recipe": recipe if recipe != "none" else customary + " and default schedule",
         "budget": config["budget"],
         "seed": str(config["seed"]),
-        "run": f"{run.folder} ({run.state})",
+        "run": f"{run.folder} ({state})",
     }
 
 

@@ -305,6 +305,7 @@ def test_a_run_folder_in_which_another_process_trains(trained: Path, tmp_path: P
         os.close(handle)
     assert done.code == 1
     assert f"another process is training in {run}" in done.err
+    assert "run (another process is at it)" in done.out
     assert command(tmp_path, *tiny("run_dir=run", "resume=true")).code == 0, "nothing is left behind"
 
 

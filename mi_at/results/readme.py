@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ HEAD_TO_HEAD = {
     "cw_50x10": "CW-inf-50 x 10",
     "square": "Square",
     "autoattack": "AutoAttack",
+    "adaptive": "its own loss",
     "worst": "worst of all",
 }
 # Columns of MIMAE-AT's Table 8, the name of our attack as printed, and of the honest one beside it.
@@ -63,14 +65,16 @@ def render(text: str, root: Path = ROOT) -> str:
 
 
 def head_to_head(root: Path) -> str:
-    """Every method under one protocol on MNIST, a row per run; <method>_without is its control, its term off."""
-    records = _records(root / "results/measured/head_to_head_mnist_cnn4_short")
-    return markdown_table([_with_union(record) for record in records], HEAD_TO_HEAD, first="defense")
+    """Every method under one protocol on MNIST, a row per cell; <method>_without is its control, its term off."""
+    table = (root / "conf/table/head_to_head_mnist.yaml").read_text().partition("\n  cells:\n")[2]
+    cells = re.findall(r"^    (\w+):", table, flags=re.MULTILINE)
+    records = _records(root / "results/measured/head_to_head_mnist_cnn4_short", cells)
+    return markdown_table([_with_union(record) for record in records], HEAD_TO_HEAD, first="cell")
 
 
 def mimae_table_8(root: Path) -> str:
     """MIMAE-AT's Table 8 as printed beside our short run of its recipe."""
-    (record,) = _records(root / "results/measured/mimae_t8_short")
+    (record,) = _records(root / "results/measured/mimae_t8_short", ["mimae"])
     with (root / "results/reported/mimae.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["table"] == "8" and row["defense"] == "mimae"]
     reported = {row["attack"]: row["value"] for row in rows}
@@ -88,16 +92,10 @@ def mimae_table_8(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _records(folder: Path) -> list[Record]:
-    order = ("ce", "standard_at", "trades", "mart", "mimae", "ncmi", "shared_info", "namid", "ib_rar")
-    found = []
-    for path in folder.glob("*/record.json"):
-        record = read_record(path)
-        method = str(record.names["defense"])
-        place = order.index(method) if method in order else len(order)
-        key = record.key.replace(method, path.parent.name) if path.parent.name.startswith(method) else record.key
-        found.append((place, key, replace(record, key=key)))
-    return [record for *_, record in sorted(found, key=lambda each: each[:2])]
+def _records(folder: Path, cells: Sequence[str]) -> list[Record]:
+    """The records of a table's cells, a folder each, in its order and under its names."""
+    found = {path.parent.name: read_record(path) for path in folder.glob("*/record.json")}
+    return [replace(found[cell], key=cell) for cell in cells if cell in found]
 
 
 def _with_union(record: Record) -> Record:

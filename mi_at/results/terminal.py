@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import TextIO
 
 from mi_at.evaluation.intervals import wilson
@@ -102,7 +102,7 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
     """Records as a Markdown table: a row per record, a column per attack.
 
     The heading of a column names eps and n, which must be the same in all rows: a table never mixes them. Where a
-    record was audited, the last column holds the verdicts.
+    record was audited, the last column holds the verdicts. A flag of every number of a row stands behind its name.
 
     Args:
         records: the rows.
@@ -128,7 +128,11 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
     ]
     for place, record in enumerate(records):
         verdict = [str(record.audit.get("verdict", NOT_RUN))] if audited else []
-        lines.append(markdown_row([f"`{record.key}`", *(_cell(cells[name][place]) for name in headings), *verdict]))
+        rows = [cells[name][place] for name in headings]
+        flags = [set(row.flags) for row in rows if row is not None]
+        of_all = set.intersection(*flags) if len(flags) > 1 else set()
+        key = f"`{record.key}`" + "".join(f" ({flag})" for flag in sorted(of_all))
+        lines.append(markdown_row([key, *(_cell(row, of_all) for row in rows), *verdict]))
     return "\n".join(lines) + "\n"
 
 
@@ -189,10 +193,11 @@ def _find(record: Record, name: str) -> AttackRecord | None:
     return next((row for row in record.attacks if row.name == name), None)
 
 
-def _cell(row: AttackRecord | None) -> str:
+def _cell(row: AttackRecord | None, said: Set[str]) -> str:
+    """A number and its flags but those that are said already."""
     if row is None:
         return NOT_RUN
-    return format_accuracy(row.correct, row.n) + "".join(f" ({flag})" for flag in row.flags)
+    return format_accuracy(row.correct, row.n) + "".join(f" ({flag})" for flag in row.flags if flag not in said)
 
 
 def _column_title(heading: str, name: str, rows: Sequence[AttackRecord | None]) -> str:

@@ -155,6 +155,15 @@ def test_markdown() -> None:
     assert text.endswith("\n")
 
 
+def test_markdown_says_once_what_every_number_of_a_row_carries() -> None:
+    base = record()
+    rows = [replace(row, flags=("softmax", *row.flags)) for row in base.attacks]
+    (line,) = markdown_table([replace(base, attacks=tuple(rows))], ["clean", "pgd_20", "autoattack"]).splitlines()[2:]
+    assert line.startswith("| `mimae-digits-cnn_tiny-s0` (softmax) | 80.0 [")
+    assert line.endswith(" (reach) | - |")
+    assert line.count("softmax") == 1
+
+
 def test_markdown_never_mixes() -> None:
     base = record()
     with pytest.raises(ValueError, match=r"column fgsm: a table never mixes eps, n"):
