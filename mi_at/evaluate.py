@@ -89,8 +89,7 @@ def evaluate(cfg: DictConfig) -> None:
     data.prepare_data()
     data.setup("test")
     sizes(attacks, data.test_dataloader().num_images, n=settings["n"], n_of=settings["n_of"])
-    surrogate_file = stages.surrogate_file(config, files, train=None)
-    surrogate = stages.load_surrogate(surrogate_file, config, device) if surrogate_file else None
+    surrogate = stages.load_surrogate(stages.surrogate_file(config, files, train=None), config, device)
     served = io.serve(found, attacks, config, data, device=device, surrogate=surrogate)
     if isinstance(found, io.Weights):
         checks.check_net(served.net, data)
@@ -390,8 +389,7 @@ def robustness(
             if f"evaluation.n_of.{name}" not in named:
                 config["evaluation"]["n_of"][name] = min(count, len(source.y))
     config, files = stages.identify_surrogate(config)
-    surrogate_file = stages.surrogate_file(config, files, train=None)
-    surrogate = stages.load_surrogate(surrogate_file, config, device_of(device)) if surrogate_file else None
+    surrogate = stages.load_surrogate(stages.surrogate_file(config, files, train=None), config, device_of(device))
     guides = functools.partial(io.guides_of, source.test_dataloader())
     record, outcomes = assess(
         net,

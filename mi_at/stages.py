@@ -193,14 +193,18 @@ def surrogate_file(config: Mapping[str, Any], files: Mapping[str, Path], train: 
     return run.checkpoint(stage["select"])
 
 
-def load_surrogate(path: Path, config: Mapping[str, Any], device: str | torch.device = "cpu") -> io.Surrogate:
+def load_surrogate(
+    path: Path | None, config: Mapping[str, Any], device: str | torch.device = "cpu"
+) -> io.Surrogate | None:
     """As `io.load_surrogate`, with the clean accuracy that its own record has, where there is one beside it.
 
     Args:
-        path: its checkpoint.
+        path: its checkpoint, as `surrogate_file` returns it; None: there is none.
         config: resolved, of the run whose network is attacked.
         device: where to put it.
     """
+    if path is None:
+        return None
     found = io.load_surrogate(path, config["dataset"], device)
     with contextlib.suppress(RecordError):
         record = read_record(path.parent / RECORD)

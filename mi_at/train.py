@@ -110,7 +110,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
         return None  # the first process evaluates
     surrogate_file = None if run.state == "finished" else stages.surrogate_file(config, files, run_once)
     if run.state in ("new", "resumed"):  # what the attacks lack is found now too
-        surrogate = stages.load_surrogate(surrogate_file, config) if surrogate_file else None
+        surrogate = stages.load_surrogate(surrogate_file, config)
         check_taps(defense.net, io.bind(attacks, surrogate=surrogate, defense=defense))
     if run.state == "new":
         stages.equip(config, defense, data, files, run_once)
@@ -178,7 +178,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
                 path=run.folder / EVALUATIONS / name / RECORD,
             )
         data.setup("test")
-        surrogate = stages.load_surrogate(surrogate_file, config, device) if surrogate_file else None
+        surrogate = stages.load_surrogate(surrogate_file, config, device)
         ready = io.serve(served, attacks, config, data, device=device, surrogate=surrogate)
         record = measured(
             ready.net,

@@ -17,7 +17,6 @@ from mi_at.results.terminal import BARE_FROM, NOT_RUN, format_eps
 
 WORST = "worst_of"
 # What else of an attack's description makes two rows different measurements.
-MEANS = ("objective", "kappa", "restarts", "iterate", "init", "version", "attacks", "queries", "targets", "members")
 SEVERITIES = ("fail", "warn", "not checked", "info", "pass")  # the gravest first
 FINDING = ("check", "severity", "measured", "threshold", "meaning", "todo")
 _TOLD = 3  # settings that a name can hold
@@ -327,19 +326,24 @@ class Column:
 
 def columns(records: Sequence[Record]) -> list[Column]:
     """Every measurement in any of the records; rows of another eps, n or setting are a column of their own."""
-    keys: list[tuple[Any, ...]] = []
+    firsts: list[AttackRecord] = []  # of each measurement
     for record in records:
         for row in record.attacks:
-            if (key := _settings(row)) not in keys:
-                keys.append(key)
+            if not any(_one_measurement(first, row) for first in firsts):
+                firsts.append(row)
     # Clean first, worst cases last, else as they come.
-    keys.sort(key=lambda key: (key[0] != CLEAN, key[1] == WORST))
+    firsts.sort(key=lambda first: (first.name != CLEAN, first.attack == WORST))
     return [
         Column(
-            key[0], tuple(next((row for row in record.attacks if _settings(row) == key), None) for record in records)
+            first.name,
+            tuple(next((row for row in record.attacks if _one_measurement(first, row)), None) for record in records),
         )
-        for key in keys
+        for first in firsts
     ]
+
+
+def _one_measurement(one: AttackRecord, two: AttackRecord) -> bool:
+    return one.name == two.name and not one.unlike(two)
 
 
 def trade_off(found: Sequence[Column]) -> tuple[Column, Column] | None:
@@ -407,12 +411,6 @@ def same_images(a: Outcomes, b: Outcomes, n: int) -> bool:
         key in a and key in b and len(a[key]) >= n and len(b[key]) >= n and np.array_equal(a[key][:n], b[key][:n])
         for key in ("index", "label")
     )
-
-
-def _settings(row: AttackRecord) -> tuple[Any, ...]:
-    eps, step = (None if value is None else round(parse_eps(value), 9) for value in (row.eps, row.step_size))
-    rest = [row.description.get(what) for what in MEANS]
-    return row.name, row.attack, row.norm, eps, row.steps, step, row.n, json.dumps(rest, sort_keys=True, default=str)
 
 
 def _same(a: float, b: Any) -> bool:

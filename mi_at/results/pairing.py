@@ -15,9 +15,6 @@ from mi_at.results.statistics import Difference, holm, paired_over_images, paire
 
 RECORD = "record.json"
 UNION = "worst of"
-SETTINGS = ("attack", "norm", "eps", "steps", "step_size", "n")
-NOT_SETTINGS = ("name", "guides", "library", "batch_size", "seed", "fallback", "raw_accuracy", "members")
-"""What two rows must have in common to be the same measurement; and what of their descriptions need not be equal."""
 
 
 class ComparisonError(ValueError):
@@ -127,7 +124,7 @@ def compare(a: Side, b: Side) -> tuple[list[Row], list[str]]:
         other = next((candidate for candidate in two.attacks if candidate.name == row.name), None)
         if other is None:
             apart.append(f"{row.name}: only the first was attacked with it")
-        elif unlike := _unlike(row, other):
+        elif unlike := row.unlike(other):
             apart.append(f"{row.name}: " + ", ".join(unlike))
             unequal.add(row.name)
         elif members := sorted(unequal & set(row.description.get("members", ()))):
@@ -141,15 +138,6 @@ def compare(a: Side, b: Side) -> tuple[list[Row], list[str]]:
     known = [row for row in found if row.p is not None]
     adjusted = dict(zip([row.name for row in known], holm([row.p or 0.0 for row in known]), strict=True))
     return [replace(row, p=adjusted.get(row.name)) for row in found], apart
-
-
-def _unlike(row: AttackRecord, other: AttackRecord) -> list[str]:
-    """Settings in which two rows differ, "steps 20 and 40"; what an older record does not know counts as equal."""
-    one, two = row.description, other.description
-    pairs = {what: (getattr(row, what), getattr(other, what)) for what in SETTINGS}
-    pairs |= {what: (one[what], two[what]) for what in one.keys() & two.keys() - {*SETTINGS, *NOT_SETTINGS}}
-    pairs["of"] = (one.get("of"), two.get("of"))
-    return [f"{what} {first} and {second}" for what, (first, second) in sorted(pairs.items()) if first != second]
 
 
 def _row(a: Side, b: Side, attack: AttackRecord) -> Row:

@@ -110,6 +110,11 @@ class RecordError(ValueError):
     """A record that cannot be read or written; the message names the file and what to do."""
 
 
+SETTINGS = ("attack", "norm", "eps", "steps", "step_size", "n")
+NOT_SETTINGS = ("name", "guides", "library", "batch_size", "seed", "fallback", "raw_accuracy", "members")
+"""What two rows must have in common to be one measurement; and what of their descriptions need not be equal."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackRecord:
     """One row: an attack, what it was, and the number.
@@ -145,6 +150,17 @@ class AttackRecord:
     flags: tuple[str, ...] = ()
     messages: dict[str, str] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
+
+    def unlike(self, other: AttackRecord) -> list[str]:
+        """Settings in which two rows are not one measurement, ["steps 20 and 40"]; empty where they are.
+
+        What an older record does not know counts as equal.
+        """
+        one, two = self.description, other.description
+        pairs = {what: (getattr(self, what), getattr(other, what)) for what in SETTINGS}
+        pairs |= {what: (one[what], two[what]) for what in one.keys() & two.keys() - {*SETTINGS, *NOT_SETTINGS}}
+        pairs["of"] = (one.get("of"), two.get("of"))
+        return [f"{what} {a} and {b}" for what, (a, b) in sorted(pairs.items()) if _canonical(a) != _canonical(b)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,9 +203,8 @@ def _cell(row: AttackRecord | None, said: Set[str]) -> str:
 def _column_title(heading: str, name: str, rows: Sequence[AttackRecord | None]) -> str:
     there = [row for row in rows if row is not None]
     # What makes a column one measurement; its name alone would let a changed yaml slip in.
-    settings = {(row.attack, row.norm, row.steps, row.step_size, row.eps, row.n) for row in there}
-    if len(settings) > 1:
-        listed = "; ".join(sorted(", ".join(map(str, values)) for values in settings))
+    if unlike := {what for row in there[1:] for what in there[0].unlike(row)}:
+        listed = ", ".join(sorted(unlike))
         raise ValueError(f"column {name}: a table never mixes eps, n or settings of an attack, found {listed}")
     if not there:
         return heading

@@ -170,6 +170,9 @@ def test_markdown_never_mixes() -> None:
         markdown_table([base, record(evaluation(eps=0.03))], ["fgsm"])
     with pytest.raises(ValueError, match=r"column clean: a table never mixes eps, n"):
         markdown_table([base, record(evaluation(n=30))], ["clean"])
+    more = replace(base["pgd_20"], description=base["pgd_20"].description | {"restarts": 10})
+    with pytest.raises(ValueError, match=r"settings of an attack, found restarts 1 and 10"):
+        markdown_table([base, replace(base, attacks=(more,))], ["pgd_20"])
     with pytest.raises(ValueError, match=r"never mixes values of budget, found paper, short"):
         markdown_table([base, record(config=config(budget="paper"))], ["clean"])
     with pytest.raises(ValueError, match=r"never mixes values of split, found test, val"):
