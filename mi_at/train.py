@@ -36,7 +36,7 @@ from mi_at.evaluation.outcomes import EvalAttack
 from mi_at.regularizers.base import Context
 from mi_at.results import loggers
 from mi_at.results.measure import measure
-from mi_at.results.records import config_hash, read_record, run_key
+from mi_at.results.records import config_hash, git_at_start, read_record, run_key
 from mi_at.results.runs import EVALUATIONS, RECORD, Run, find_run, is_kept, let_go_of_all
 from mi_at.results.terminal import print_header, print_table
 
@@ -71,6 +71,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
     Returns:
         As `train`.
     """
+    git_at_start()
     config, files = stages.resolve(config, run_once)
     own = {name: config["trainer"][name] for name in OWN_TRAINER_OPTIONS}
     lightning = {name: value for name, value in config["trainer"].items() if name not in OWN_TRAINER_OPTIONS}

@@ -21,7 +21,7 @@ from mi_at.evaluation.outcomes import CLEAN, EvalAttack, EvaluationResult
 from mi_at.results.examples import EXAMPLES, write_examples
 from mi_at.results.outputs import OUTPUTS, write_outputs
 from mi_at.results.page import PAGE, write_page
-from mi_at.results.records import Record, make_record, write_record
+from mi_at.results.records import Record, git_at_start, make_record, write_record
 from mi_at.results.terminal import print_table
 
 STATE = "record.state"
@@ -158,6 +158,7 @@ def assess(
         variants: as `measure` takes it.
         critics: as `measure` takes it.
     """
+    git_at_start()
     settings = config["evaluation"]
     of, estimated = list(settings.get("information") or ()), list(settings.get("mutual_information") or ())
     shown = list((settings.get("outputs") or {}).get("of") or ())

@@ -6,6 +6,7 @@ configuration and its hash, versions, hardware. It is written whole or not at al
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -276,7 +277,7 @@ def make_record(
         evaluation_seed=result.seed,
         budget=str(config.get("budget", "paper")),
         processes=processes,
-        git=git_state(),
+        git=dict(git_at_start()),
         config_hash=config_hash(config, processes=processes if processes_matter else None),
         config=evaluated,
         versions=versions(),
@@ -439,6 +440,15 @@ def git_state() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
     status = _git(package, "status", "--porcelain")
     return {"commit": _git(package, "rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+@functools.cache
+def git_at_start() -> Mapping[str, Any]:
+    """`git_state` when this was first called; the commands call it as they start.
+
+    The code that runs is that of then, whatever has been checked out or edited hours later.
+    """
+    return git_state()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -105,6 +105,17 @@ def test_git_state_is_that_of_our_checkout_only(tmp_path: Path, monkeypatch: pyt
     assert git_state() == {"commit": None, "dirty": None}
 
 
+def test_a_record_has_the_commit_its_process_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "git_state", lambda: {"commit": "a" * 40, "dirty": False})
+    records.git_at_start.cache_clear()
+    try:
+        records.git_at_start()
+        monkeypatch.setattr(records, "git_state", lambda: {"commit": "b" * 40, "dirty": True})
+        assert record().git == {"commit": "a" * 40, "dirty": False}
+    finally:
+        records.git_at_start.cache_clear()
+
+
 def test_git_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_state() == {"commit": None, "dirty": None}
