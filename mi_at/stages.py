@@ -90,6 +90,10 @@ def resolve(config: Mapping[str, Any], train: Run) -> tuple[dict[str, Any], dict
         for option in FILES.keys() & node.keys():
             value = str(node[option])
             if value != AUTO and not value.startswith(DIGEST):
+                if not Path(value).is_file():
+                    raise FileNotFoundError(
+                        f"{where}.{option}: checkpoint {value} does not exist; {option}=auto trains what is needed"
+                    )
                 files[f"{where}.{option}"] = Path(value)
                 node[option] = digest(_state(Path(value)), FILES[option])
     if is_a(named["defense"], MIEstimators):

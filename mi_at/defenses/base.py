@@ -38,6 +38,16 @@ class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; the message names the step and the term."""
 
 
+@contextmanager
+def _naming(term: str, batch: Batch) -> Iterator[None]:
+    """Say of which term, and when, an error speaks."""
+    try:
+        yield
+    except ValueError as error:
+        when = "" if batch.epoch == AFTER_TRAINING else f" in epoch {batch.epoch + 1}, batch {batch.batch_idx + 1}"
+        raise ValueError(f"{term}{when}: {error}") from error
+
+
 class Defense(LightningModule):
     """A training rule for a classifier.
 
@@ -96,11 +106,17 @@ class Defense(LightningModule):
             The defense itself.
 
         Raises:
-            ValueError: a tap that the network does not have (the message lists its taps), or a network that the
-                method or a term cannot work with.
+            ValueError: a tap that the network does not have (the message lists its taps), a network that the
+                method or a term cannot work with, or two terms that make the same view.
         """
         self.net, self.optimisation, self.config = net, optimisation, dict(config or {})
         self.regularizers = nn.ModuleDict(dict(regularizers or {}))
+        makers: dict[str, str] = {}
+        for name, term in self.added_terms().items():
+            for view in term.own_views:
+                if view in makers:
+                    raise ValueError(f"{makers[view]} and {name} both make the view {view!r}: choose one of them")
+                makers[view] = name
         self.adapt(net)
         for term in self.added_terms().values():
             term.adapt(net)
@@ -178,14 +194,17 @@ class Defense(LightningModule):
     def all_terms(self, views: Views) -> dict[str, Tensor]:
         """The loss of the defense plus its regularizers, in float32 or better, by term."""
         with torch.autocast(views.batch.x.device.type, enabled=False):
-            terms = dict(self.loss(views))
+            with _naming(type(self).__name__, views.batch):
+                terms = dict(self.loss(views))
             if "loss" not in terms:
                 raise ValueError(
                     f"{type(self).__name__}.loss returned {', '.join(terms) or 'nothing'}: expected 'loss' among them, "
                     "the sum of the terms"
                 )
             for name, regularizer in self.added_terms().items():
-                for key, value in regularizer.terms(views).items():
+                with _naming(name, views.batch):
+                    added = regularizer.terms(views)
+                for key, value in added.items():
                     terms[key if key == name else f"{name}/{key}"] = value
                     terms["loss"] = terms["loss"] + value
         if taken := sorted(terms.keys() & set(ACCURACIES)):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mi_at.functional.checks import say_where_known
 from mi_at.functional.margins import largest_other
 
 
@@ -85,11 +86,15 @@ def symmetrised_kl(mu: Tensor, sigma: Tensor, mu2: Tensor, sigma2: Tensor, reduc
     Returns:
         Nats, non-negative; a scalar or [B]. Gradients flow through both sides.
 
+    Raises:
+        ValueError: four tensors that are not of one shape [B, d], or (on a CPU) a deviation that is not positive.
+
     Example:
         >>> one, two = torch.ones(1, 3), 2 * torch.ones(1, 3)
         >>> symmetrised_kl(one, one, two, one).item()  # unit shift in 3 dimensions: 3 / 2
         1.5
     """
+    _check_gaussians(mu, sigma, mu2, sigma2)
     spread = (sigma / sigma2 - sigma2 / sigma).square()
     shift = ((mu - mu2) / sigma).square() + ((mu - mu2) / sigma2).square()
     return _reduce((spread + shift).sum(dim=1) / 4, reduction)
@@ -126,11 +131,24 @@ def kl_to_standard_normal(mu: Tensor, sigma: Tensor, reduction: str = "mean") ->
     Returns:
         Nats, non-negative, summed over dimensions; a scalar or [B].
 
+    Raises:
+        ValueError: two tensors that are not of one shape [B, d], or (on a CPU) a deviation that is not positive.
+
     Example:
         >>> kl_to_standard_normal(torch.zeros(2, 5), torch.ones(2, 5)).item()
         0.0
     """
+    _check_gaussians(mu, sigma)
     return _reduce((mu.square() + sigma.square() - 1 - 2 * sigma.log()).sum(dim=1) / 2, reduction)
+
+
+def _check_gaussians(*arguments: Tensor) -> None:
+    """Means and deviations in turn."""
+    shapes = [tuple(argument.shape) for argument in arguments]
+    if len(shapes[0]) != 2 or len(set(shapes)) > 1:
+        raise ValueError(f"expected means and deviations of one shape [B, d], got {', '.join(map(str, shapes))}")
+    for sigma in arguments[1::2]:
+        say_where_known(sigma, lambda s: ~(s > 0), "expected deviations > 0")
 
 
 def _reduce(values: Tensor, reduction: str) -> Tensor:

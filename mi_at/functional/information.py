@@ -1,9 +1,14 @@
-"""Information quantities of discrete class assignments, in nats."""
+"""Information quantities of discrete class assignments, in nats.
+
+CMI, separation and NCMI are float32 where outputs come in half precision, else of the outputs' own type.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mi_at.functional.checks import say_where_known
 
 
 def joint_distribution(p: Tensor, q: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def class_sums(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         [C, D] or [C]; zeros for a class without a row.
 
     Raises:
-        ValueError: not one label per row.
+        ValueError: not one label per row, labels that are not int64, or (on a CPU) out of range.
 
     Example:
         >>> class_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 0]), 3)
@@ -86,6 +91,13 @@ def class_sums(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """
     if labels.ndim != 1 or len(labels) != len(values):
         raise ValueError(f"expected one label per row, got {tuple(labels.shape)} labels for {tuple(values.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"expected int64 labels, got {labels.dtype}: labels.long()")
+    say_where_known(
+        labels,
+        lambda y: (y < 0) | (y >= num_classes),
+        f"expected labels in [0, {num_classes}), the number of classes; found others",
+    )
     return values.new_zeros(num_classes, *values.shape[1:]).index_add(0, labels, values)
 
 
@@ -122,14 +134,14 @@ def conditional_mutual_information(probs: Tensor, labels: Tensor, num_classes: i
         Scalar in [0, ln D] nats.
 
     Raises:
-        ValueError: `probs` is no [B, D] matrix with a label per row.
+        ValueError: `probs` is no [B, D] matrix of probabilities with a label per row.
 
     Example:
         >>> probs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
         >>> round(conditional_mutual_information(probs, torch.tensor([0, 0, 1]), 2).item(), 4)  # 2/3 ln 2
         0.4621
     """
-    _check_outputs(probs)
+    probs = _outputs(probs)
     tiny = torch.finfo(probs.dtype).tiny  # keeps 0 log 0 at 0
     centroids, _ = class_means(probs, labels, num_classes)
     log_ratio = probs.clamp_min(tiny).log() - centroids.clamp_min(tiny).log()[labels]
@@ -155,14 +167,14 @@ def separation(
         Scalar >= 0, in nats; 0 with fewer than two classes. Logarithms are clamped at ln 1e-8.
 
     Raises:
-        ValueError: an unknown `norm`, or `probs` is no [B, D] matrix with a label per row.
+        ValueError: an unknown `norm`, or `probs` is no [B, D] matrix of probabilities with a label per row.
 
     Example:
         >>> probs = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
         >>> round(separation(probs, torch.tensor([0, 1]), 2).item(), 4)  # (H(p, q) + H(q, p)) / 4
         0.3825
     """
-    _check_outputs(probs)
+    probs = _outputs(probs)
     if norm not in ("batch_sq", "pairs"):
         raise ValueError(f"norm={norm!r}: expected one of batch_sq, pairs")
     log_probs = probs.clamp_min(LOG_FLOOR).log()
@@ -184,10 +196,10 @@ def normalized_cmi(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         num_classes: C.
 
     Returns:
-        Scalar >= 0; not a number with fewer than two classes.
+        Scalar >= 0; not finite with fewer than two classes.
 
     Raises:
-        ValueError: `probs` is no [B, D] matrix with a label per row.
+        ValueError: `probs` is no [B, D] matrix of probabilities with a label per row.
 
     Example:
         >>> probs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
@@ -197,6 +209,20 @@ def normalized_cmi(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return conditional_mutual_information(probs, labels, num_classes) / separation(probs, labels, num_classes)
 
 
-def _check_outputs(probs: Tensor) -> None:
+ROW_TOLERANCE = 1e-2
+"""How far a row of probabilities may be from 1: half precision leaves a few thousandths."""
+NOT_PROBABILITIES = "expected probabilities, rows of 0 or more that sum to 1: pass softmax(logits), once"
+
+
+def no_probabilities(probs: Tensor) -> Tensor:
+    """[B] bool: rows of [B, C] that have a negative number or do not sum to 1, as logits have and do not."""
+    return (probs < 0).any(dim=1) | ~((probs.sum(dim=1) - 1).abs() <= ROW_TOLERANCE)
+
+
+def _outputs(probs: Tensor) -> Tensor:
+    """In float32 or better."""
     if probs.ndim != 2 or not len(probs):
         raise ValueError(f"expected [B, C] probabilities with B > 0, got {tuple(probs.shape)}")
+    probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+    say_where_known(probs, no_probabilities, NOT_PROBABILITIES)
+    return probs

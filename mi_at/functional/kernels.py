@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mi_at.functional.checks import say_where_known
+
 KERNELS = ("gaussian", "linear")
 
 
@@ -161,7 +163,7 @@ def channel_dependence(
         [C] float64 in [0, m - 1), exact to about 1e-9.
 
     Raises:
-        ValueError: as `normalized_hsic`.
+        ValueError: maps without pixels, or as `normalized_hsic`.
 
     Example:
         >>> labels = torch.eye(2).repeat(3, 1)
@@ -169,6 +171,8 @@ def channel_dependence(
         >>> channel_dependence(maps, labels, kernel_z="linear").round(decimals=2).abs().tolist()
         [1.0, 0.0]
     """
+    if maps.ndim < 3:
+        raise ValueError(f"expected the maps of a convolution, [m, C, ...], got {tuple(maps.shape)}")
     with torch.no_grad():
         maps = maps.flatten(2).transpose(0, 1)
         m = _same_samples(maps, z)
@@ -255,10 +259,11 @@ def gaussian_kernel(x: Tensor, *, width: float | Tensor) -> Tensor:
         -0.5
     """
     if isinstance(width, Tensor):
-        _say_where_known(~(width > 0), f"expected a kernel width > 0, got {_ZERO_WIDTH}")
+        say_where_known(width, lambda w: w == 0, f"expected a kernel width > 0, got {_ZERO_WIDTH}")
+        say_where_known(width, lambda w: ~(w > 0), "expected a kernel width > 0, got a negative one or NaN")
         width = width.double()[..., None, None]
     elif not 0 < width < math.inf:
-        raise ValueError(f"expected a kernel width > 0, got {width}: {_ZERO_WIDTH}")
+        raise ValueError(f"expected a kernel width > 0, got {_ZERO_WIDTH if width == 0 else width}")
     kernel = torch.exp(-squared_distances(x) / (2 * width**2))
     return _finite(kernel)
 
@@ -404,11 +409,11 @@ def knn_width(x: Tensor, k: int = 10) -> Tensor:
             f"k={k} nearest neighbours: expected 1 <= k < {m}, the number of samples: a smaller k or a larger batch"
         )
     squared = squared_distances(x.detach())
-    _say_where_known(~squared.isfinite(), _NOT_FINITE)
+    say_where_known(squared, _not_finite, _NOT_FINITE)
     own = torch.eye(m, dtype=torch.bool, device=x.device)
     nearest = squared.masked_fill(own, math.inf).topk(k, dim=-1, largest=False).values
     width = nearest.clamp_min(0).sqrt().mean(dim=(-2, -1))
-    _say_where_known(width == 0, f"expected a kernel width > 0, got {_ZERO_WIDTH}")
+    say_where_known(width, lambda w: w == 0, f"expected a kernel width > 0, got {_ZERO_WIDTH}")
     return width
 
 
@@ -456,16 +461,20 @@ def one_hot(y: Tensor, classes: int) -> Tensor:
             "a batch of one sample, where a kernel matrix needs at least 2: choose a dataset.batch_size that does not "
             "leave one over"
         )
-    _say_where_known(
-        (y == y[0]).all(),
+    say_where_known(
+        y,
+        lambda y: (y == y[0]).all(),
         f"all {len(y)} samples of a batch are of one class and say nothing of labels; expected two classes in every "
-        "batch: choose another dataset.batch_size, or shuffle the samples",
+        "batch: choose another dataset.batch_size",
     )
     return functional.one_hot(y, classes).double()
 
 
 _ZERO_WIDTH = "0: all samples are equal (a dead layer?), or the width was given as 0"
-_NOT_FINITE = "a kernel matrix holds NaN: the samples do (training diverged?); lower optim.lr or the term's weight"
+_NOT_FINITE = (
+    "a kernel matrix is not finite: the samples hold NaN or infinity (training diverged?); lower optim.lr or the "
+    "term's weight"
+)
 
 
 def _samples(x: Tensor) -> int:
@@ -481,7 +490,10 @@ def _samples(x: Tensor) -> int:
 def _same_samples(x: Tensor, z: Tensor) -> int:
     m = _samples(x)
     if _samples(z) != m:
-        raise ValueError(f"expected as many samples in both, got {m} and {z.shape[-2]}")
+        raise ValueError(
+            f"expected as many samples in both, got {m} and {z.shape[-2]} in {tuple(x.shape)} and {tuple(z.shape)}: "
+            "[..., m, d] has samples as rows, so flatten(1) images or maps"
+        )
     return m
 
 
@@ -490,12 +502,10 @@ def _require_ridge(eps: float) -> None:
         raise ValueError(f"eps={eps}: expected a ridge > 0 (the papers' is 1e-5)")
 
 
+def _not_finite(values: Tensor) -> Tensor:
+    return ~values.isfinite()
+
+
 def _finite(kernel: Tensor) -> Tensor:
-    _say_where_known(~kernel.isfinite(), _NOT_FINITE)
+    say_where_known(kernel, _not_finite, _NOT_FINITE)
     return kernel
-
-
-def _say_where_known(bad: Tensor, message: str) -> None:
-    """Raise if any is bad, on a CPU; elsewhere the answer would cost a wait, and NaN reaches the watch for it."""
-    if bad.device.type == "cpu" and bool(bad.any()):
-        raise ValueError(message)

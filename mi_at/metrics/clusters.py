@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mi_at.functional.information import LOG_FLOOR, class_sums
-
-ROW_TOLERANCE = 1e-2
-"""How far a row of probabilities may be from 1: half precision leaves a few thousandths."""
+from mi_at.functional.information import LOG_FLOOR, NOT_PROBABILITIES, class_sums, no_probabilities
 
 
 class _Clusters(Metric):
@@ -53,13 +50,13 @@ class _Clusters(Metric):
             labels: [B] int64.
 
         Raises:
-            ValueError: rows that are no probabilities.
+            ValueError: rows that are no probabilities, or labels that do not fit.
         """
         probs = probs.detach().double()
         if probs.ndim != 2 or probs.shape[1] != self.num_classes:
             raise ValueError(f"expected [B, {self.num_classes}] probabilities, got {tuple(probs.shape)}")
-        if not bool(((probs >= 0).all(dim=1) & ((probs.sum(dim=1) - 1).abs() <= ROW_TOLERANCE)).all()):
-            raise ValueError("expected probabilities, rows of 0 or more that sum to 1: pass softmax(logits), once")
+        if bool(no_probabilities(probs).any()):
+            raise ValueError(NOT_PROBABILITIES)
         tiny = torch.finfo(probs.dtype).tiny
         self.counts += class_sums(torch.ones_like(probs[:, 0]), labels, self.num_classes)
         self.probs += class_sums(probs, labels, self.num_classes)

@@ -134,6 +134,8 @@ class Regularizer(nn.Module):
     """Names of the network's taps that `terms` reads."""
     coupled: str = ""
     """Name of a term that is computed over the batch rather than per sample, if there is one."""
+    own_views: tuple[str, ...] = ()
+    """Names of the views that its `adversaries` make; no two terms of a run may make the same."""
     needs_adversarial: bool = False
     """Whether `terms` reads the view "adversarial"; a defense without one then gets one, on the cross-entropy."""
 

@@ -38,6 +38,7 @@ class CleanNCMI(NCMI):
     """
 
     name = "clean_ncmi"
+    own_views = ()
 
     def __init__(
         self,

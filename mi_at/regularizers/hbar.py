@@ -64,6 +64,8 @@ class HsicBottleneck(Regularizer):
                 raise _wrong(name, word, f"one of {', '.join(choices)}")
         if isinstance(layers, str) or (layers is not None and not layers):
             raise _wrong("layers", layers, "a list of taps such as [fc1,fc2], or null for all hidden layers")
+        if layers is not None and len(set(layers)) < len(layers):
+            raise _wrong("layers", list(layers), "each tap once")
         self.weights = {"hsic_x": lambda_x, "hsic_y": lambda_y}
         self.layers = None if layers is None else tuple(layers)
         self.view, self.label_kernel, self.sigma, self.eps = view, label_kernel, sigma, eps

@@ -187,9 +187,11 @@ class InformationBottleneck(Regularizer):
             raise _wrong("layers", layers, "a list of taps such as [fc1,fc2], null for all hidden layers, or robust")
         if layers is not None and not layers:
             raise _wrong("layers", list(layers), "at least one tap; alpha=0 beta=0 leaves the terms out")
+        if layers is not None and len(set(layers)) < len(layers) and not isinstance(layers, str):
+            raise _wrong("layers", list(layers), "each tap once")
         epochs = None if active_epochs is None else list(active_epochs)
-        if epochs is not None and any(type(epoch) is not int or epoch < 0 for epoch in epochs):
-            raise _wrong("active_epochs", epochs, "a list of epochs from 0, or null for all")
+        if epochs is not None and (not epochs or any(type(epoch) is not int or epoch < 0 for epoch in epochs)):
+            raise _wrong("active_epochs", epochs, "a list of epochs from 0, or null for all; alpha=0 beta=0 for none")
         self.weights = {"hsic_x": alpha, "hsic_y": beta}
         self.layers = layers if layers is None or isinstance(layers, str) else tuple(layers)
         self.chosen: tuple[str, ...] = ()

@@ -105,6 +105,7 @@ class NCMI(Regularizer):
     """
 
     name = "ncmi"
+    own_views: tuple[str, ...] = (VIEW,)
     centroids: Tensor
     updates: Tensor
 

@@ -57,3 +57,12 @@ def test_the_readme_runs_as_printed():
     exec(compile(example, "README.md", "exec"), names)
     terms = names["terms"]
     assert float((terms["ce"] + terms["kl"]).detach()) == pytest.approx(float(terms["loss"].detach()))
+
+
+def test_the_functions_of_the_readme_run_as_printed():
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (example,) = [part.split("```", 1)[0] for part in text.split("```python\n")[1:] if "normalized_cmi(" in part]
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert 0 < float(names["ncmi"]) < 10
+    assert 0 < float(names["known"]) < 9

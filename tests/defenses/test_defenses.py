@@ -22,6 +22,8 @@ from mi_at.models.cnn import CNNTiny
 from mi_at.optim import SGD
 from mi_at.regularizers.base import Regularizer, Views
 from mi_at.regularizers.mi import MutualInformation
+from mi_at.regularizers.ncmi import NCMI
+from mi_at.regularizers.ncmi_relaxed import NCMIRelaxed
 from tests.callbacks import fits
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -290,6 +292,32 @@ def test_a_regularizer_finds_an_adversarial_view_on_any_defense(compose: Compose
         defense.attach(defense.net, regularizers={"mi": MutualInformation()})
         assert set(defense.all_adversaries(fits.batches(1)[0])) == own | {ADVERSARIAL}
         assert "mi" in defense.all_terms(Views(defense.net, prepared(defense), defense.needed_taps))
+
+
+def test_two_terms_with_one_second_attack_are_refused_before_training() -> None:
+    terms = {"ncmi": NCMI(), "ncmi_relaxed": NCMIRelaxed()}
+    with pytest.raises(ValueError, match=r"ncmi and ncmi_relaxed both make the view 'cluster': choose one of them"):
+        fits.module().attach(fits.module().net, regularizers=terms)
+
+
+def test_an_error_in_a_term_says_in_which_and_when() -> None:
+    class Refusing(Regularizer):
+        def terms(self, views: Views) -> dict[str, Tensor]:
+            raise ValueError("it cannot be")
+
+    class RefusingDefense(StandardAT):
+        def loss(self, views: Views) -> dict[str, Tensor]:
+            raise ValueError("it cannot be")
+
+    batch = fits.batches(1)[0]
+    batch.views, batch.epoch, batch.batch_idx = {ADVERSARIAL: batch.x}, 2, 4
+    defense = fits.module()
+    defense.attach(defense.net, regularizers={"mine": Refusing()})
+    with pytest.raises(ValueError, match=r"^mine in epoch 3, batch 5: it cannot be$"):
+        defense.all_terms(Views(defense.net, batch))
+    own = RefusingDefense().attach(defense.net)
+    with pytest.raises(ValueError, match=r"^RefusingDefense in epoch 3, batch 5: it cannot be$"):
+        own.all_terms(Views(own.net, batch))
 
 
 def test_a_term_may_not_be_called_as_an_accuracy() -> None:

@@ -560,7 +560,7 @@ def test_a_step_reads_nothing_back(name: str) -> None:
     run(flop.batch(4))
     with flop.Reads() as reads:
         run(flop.batch(4))
-    assert reads.places <= flop.CPU_ONLY | {"_say_where_known"}
+    assert reads.places <= flop.CPU_ONLY | {"say_where_known"}
 
 
 # ---------------------------------------------------------------- as a command

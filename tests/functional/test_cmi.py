@@ -169,3 +169,23 @@ def test_bad_input() -> None:
             function(p, y[:1], 3)
     with pytest.raises(ValueError, match="one label per row"):
         class_sums(p, torch.zeros(2, 3, dtype=torch.int64), 3)
+    for function in (conditional_mutual_information, separation, normalized_cmi):
+        with pytest.raises(ValueError, match=r"labels in \[0, 3\), the number of classes"):
+            function(p, y + 3, 3)
+        with pytest.raises(ValueError, match=r"labels in \[0, 3\)"):
+            function(p, y - 3, 3)
+        with pytest.raises(ValueError, match=r"expected int64 labels, got torch.float64: labels.long\(\)"):
+            function(p, y.double(), 3)
+        with pytest.raises(ValueError, match=r"expected probabilities.*pass softmax\(logits\), once"):
+            function(3 * p, y, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_not_kept_inside(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(4096, 10, generator=generator).softmax(dim=1).to(dtype)
+    y = torch.randint(10, (4096,), generator=generator)
+    for function in (conditional_mutual_information, separation, normalized_cmi):
+        found = function(p, y, 10)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), function(p.double(), y, 10), rtol=1e-4, atol=0)

@@ -4,9 +4,16 @@ import math
 
 import pytest
 import torch
+from torch import distributions
 from torch.autograd import gradcheck
 
-from mi_at.functional.divergences import boosted_cross_entropy, cross_entropy, kl_divergence
+from mi_at.functional.divergences import (
+    boosted_cross_entropy,
+    cross_entropy,
+    kl_divergence,
+    kl_to_standard_normal,
+    symmetrised_kl,
+)
 from tests.references import cases as inputs
 from tests.references import losses as ref
 
@@ -145,3 +152,37 @@ def test_an_unknown_reduction_is_named(call):
     z, _, y = inputs.draw(2, 3, 0)
     with pytest.raises(ValueError, match="sum_up"):
         call(z, y)
+
+
+# ---------------------------------------------------------------- Gaussians
+
+
+def gaussians():
+    generator = torch.Generator().manual_seed(0)
+    mu, mu2 = torch.randn(2, 5, 4, generator=generator, dtype=DTYPE)
+    sigma, sigma2 = torch.rand(2, 5, 4, generator=generator, dtype=DTYPE) + 0.3
+    return mu, sigma, mu2, sigma2
+
+
+def test_gaussians_equal_those_of_torch():
+    mu, sigma, mu2, sigma2 = gaussians()
+    p, q = distributions.Normal(mu, sigma), distributions.Normal(mu2, sigma2)
+    both = distributions.kl_divergence(p, q) + distributions.kl_divergence(q, p)
+    torch.testing.assert_close(symmetrised_kl(mu, sigma, mu2, sigma2, "none"), both.sum(dim=1) / 2)
+    prior = distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    torch.testing.assert_close(
+        kl_to_standard_normal(mu, sigma, "none"), distributions.kl_divergence(p, prior).sum(dim=1)
+    )
+
+
+def test_gaussians_that_are_none_are_refused():
+    mu, sigma, mu2, sigma2 = gaussians()
+    with pytest.raises(ValueError, match=r"one shape \[B, d\], got \(5, 4\), \(5, 4\), \(1, 4\), \(5, 4\)"):
+        symmetrised_kl(mu, sigma, mu2[:1], sigma2)
+    with pytest.raises(ValueError, match=r"one shape \[B, d\], got \(4,\), \(4,\)"):
+        kl_to_standard_normal(mu[0], sigma[0])
+    for bad in (0 * sigma, -sigma, math.nan * sigma):
+        with pytest.raises(ValueError, match="expected deviations > 0"):
+            symmetrised_kl(mu, sigma, mu2, bad)
+        with pytest.raises(ValueError, match="expected deviations > 0"):
+            kl_to_standard_normal(mu, bad)

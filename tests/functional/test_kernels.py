@@ -295,6 +295,14 @@ def test_different_numbers_of_samples(measure) -> None:  # type: ignore[no-untyp
         measure(torch.zeros(3, 3), torch.zeros(4, 3))
 
 
+def test_maps_are_not_rows() -> None:
+    maps, labels = torch.zeros(8, 3, 4, 4), torch.eye(8)
+    with pytest.raises(ValueError, match=r"got 4 and 8 in \(8, 3, 4, 4\) and \(8, 8\).*flatten\(1\) images or maps"):
+        normalized_hsic(maps, labels)
+    with pytest.raises(ValueError, match=r"the maps of a convolution, \[m, C, \.\.\.\], got \(8, 3\)"):
+        channel_dependence(maps[..., 0, 0], labels)
+
+
 @pytest.mark.parametrize("k", [0, 4, 10])
 def test_neighbours_out_of_range(k: int) -> None:
     with pytest.raises(ValueError, match=rf"k={k} nearest neighbours: expected 1 <= k < 4.*larger batch"):
@@ -310,14 +318,20 @@ def test_not_a_number(measure, bad: float) -> None:  # type: ignore[no-untyped-d
     x = draw(4, 2, 0)
     x[1, 1] = bad
     arguments = (x, x) if measure is normalized_hsic else (x,)
-    with pytest.raises(ValueError, match=r"a kernel matrix holds NaN.*lower optim.lr"):
+    with pytest.raises(
+        ValueError, match=r"a kernel matrix is not finite: the samples hold NaN or infinity.*lower optim.lr"
+    ):
         measure(*arguments)
 
 
-@pytest.mark.parametrize("width", [0.0, -1.0, math.nan, torch.zeros(())])
-def test_a_width_that_is_not_positive(width: float | Tensor) -> None:
+@pytest.mark.parametrize(("width", "found"), [
+    (0.0, "0: all samples are equal"), (torch.zeros(()), "0: all samples are equal"),
+    (-1.0, r"-1\.0$"), (torch.tensor(-1.0), "a negative one or NaN$"),
+    (math.nan, "nan$"), (torch.tensor(math.nan), "a negative one or NaN"),
+])  # fmt: skip
+def test_a_width_that_is_not_positive(width: float | Tensor, found: str) -> None:
     x = draw(4, 2, 0)
-    with pytest.raises(ValueError, match=r"expected a kernel width > 0, got .*all samples are equal"):
+    with pytest.raises(ValueError, match=rf"expected a kernel width > 0, got {found}"):
         hsic(x, x, sigma_x=width, sigma_z=1.0)
 
 

@@ -117,6 +117,7 @@ def test_at_zero_it_is_the_base_loss_and_needs_no_batch() -> None:
     ({"label_kernel": "cosine"}, r"label_kernel=cosine: expected one of gaussian, linear"),
     ({"layers": "fc1"}, r"layers=fc1: expected a list of taps such as \[fc1,fc2\], or null"),
     ({"layers": []}, r"layers=\[\]: expected a list of taps"),
+    ({"layers": ["fc1", "fc1"]}, r"layers=\['fc1', 'fc1'\]: expected each tap once"),
 ])  # fmt: skip
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"regularizer.hbar.{message}"):
