@@ -24,6 +24,7 @@ from tests.commands import Command, Done, command, tiny
 REFUSED: dict[str, tuple[str, ...]] = {
     # names, with the choices
     "defense=no_such": ("defense=no_such: expected one of ", "mimae", "standard_at", "trades_awp"),
+    "defense=hbar": ("defense=hbar: expected one of ", "did you mean regularizer=hbar?"),
     "dataset=no_such": ("dataset=no_such: expected one of ", "digits", "cifar100"),
     "model=no_such": ("model=no_such: expected one of ", "cnn_tiny", "wrn34_10"),
     "optim=no_such": ("optim=no_such: expected one of ", "adam", "sgd"),

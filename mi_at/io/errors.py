@@ -49,7 +49,9 @@ def explain(error: BaseException) -> str:
         if group == "hydra/launcher":
             return _launcher_missing(name)
         if known := names_in(group):
-            return f"{group}={name}: expected one of {', '.join(known)}{guess(name, known)}"
+            elsewhere = [other for other in ("defense", "regularizer", "callback") if name in names_in(other)]
+            near = f"; did you mean {elsewhere[0]}={name}?" if elsewhere else guess(name, known)
+            return f"{group}={name}: expected one of {', '.join(known)}{near}"
     return str(error)
 
 
