@@ -203,12 +203,12 @@ def check_coupling(config: Mapping[str, Any], defense: Defense, images: int) -> 
     """
     coupled, size = defense.coupled_terms(), config["dataset"]["batch_size"]
     if coupled and size < 2:
-        raise ValueError(f"dataset.batch_size=1: {coupled} is computed over a batch; use 2 or more")
+        raise ValueError(f"dataset.batch_size=1: expected 2 or more for {coupled}, computed over a batch")
     whole_batches = config["dataset"]["drop_last"] or config["dataset"]["extra"]
     if coupled and images % size == 1 and not whole_batches:
         raise ValueError(
-            f"dataset.batch_size={size}: the last batch of {images} training images has one image, and {coupled} is "
-            "computed over a batch; use another size, or dataset.drop_last=true"
+            f"dataset.batch_size={size}: the last batch of {images} training images has one image, too few for "
+            f"{coupled}, computed over a batch; use another size, or dataset.drop_last=true"
         )
     if coupled and config["trainer"]["accumulate_grad_batches"] != 1:
         batches = config["trainer"]["accumulate_grad_batches"]
