@@ -224,5 +224,6 @@ def _outputs(probs: Tensor) -> Tensor:
     if probs.ndim != 2 or not len(probs):
         raise ValueError(f"expected [B, C] probabilities with B > 0, got {tuple(probs.shape)}")
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
-    say_where_known(probs, no_probabilities, NOT_PROBABILITIES)
+    # NaN passes: a training that diverged is told by its loss.
+    say_where_known(probs, lambda p: no_probabilities(p) & ~p.isnan().any(dim=1), NOT_PROBABILITIES)
     return probs

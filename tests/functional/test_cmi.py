@@ -180,6 +180,13 @@ def test_bad_input() -> None:
             function(3 * p, y, 3)
 
 
+def test_not_a_number_is_the_training_s_to_tell() -> None:
+    p = torch.full((2, 3), 1 / 3)
+    p[0, 0] = math.nan
+    for function in (conditional_mutual_information, separation, normalized_cmi):
+        assert function(p, torch.tensor([0, 1]), 3).isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_not_kept_inside(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
