@@ -67,6 +67,7 @@ def render(text: str, root: Path = ROOT) -> str:
 def head_to_head(root: Path) -> str:
     """Every method under one protocol on MNIST, a row per cell; <method>_without is its control, its term off."""
     table = (root / "conf/table/head_to_head_mnist.yaml").read_text().partition("\n  cells:\n")[2]
+    # Names alone, read as text: this floor knows no OmegaConf.
     cells = re.findall(r"^    (\w+):", table, flags=re.MULTILINE)
     records = _records(root / "results/measured/head_to_head_mnist_cnn4_short", cells)
     return markdown_table([_with_union(record) for record in records], HEAD_TO_HEAD, first="cell")
