@@ -190,26 +190,19 @@ def check_net(net: nn.Module, data: ImageDataModule) -> None:
         )
 
 
-def check_coupling(config: Mapping[str, Any], defense: Defense, images: int) -> None:
-    """A term coupled over the batch needs a batch, the last of an epoch too, and the whole of it.
+def check_coupling(config: Mapping[str, Any], defense: Defense) -> None:
+    """A term coupled over the batch needs a batch, and the whole of it; the loader leaves no image over alone.
 
     Args:
         config: resolved.
         defense: with its regularizers.
-        images: in the training set.
 
     Raises:
         ValueError: naming the term and the option.
     """
-    coupled, size = defense.coupled_terms(), config["dataset"]["batch_size"]
-    if coupled and size < 2:
+    coupled = defense.coupled_terms()
+    if coupled and config["dataset"]["batch_size"] < 2:
         raise ValueError(f"dataset.batch_size=1: expected 2 or more for {coupled}, computed over a batch")
-    whole_batches = config["dataset"]["drop_last"] or config["dataset"]["extra"]
-    if coupled and images % size == 1 and not whole_batches:
-        raise ValueError(
-            f"dataset.batch_size={size}: the last batch of {images} training images has one image, too few for "
-            f"{coupled}, computed over a batch; use another size, or dataset.drop_last=true"
-        )
     if coupled and config["trainer"]["accumulate_grad_batches"] != 1:
         batches = config["trainer"]["accumulate_grad_batches"]
         raise ValueError(f"trainer.accumulate_grad_batches={batches}: {coupled} needs the whole batch at once; use 1")

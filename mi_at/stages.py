@@ -543,3 +543,5 @@ def _check_same(
                 f"{where}: {what} of {key.replace('._target_', '')}={theirs}, but this run has {own}: train the stage "
                 "for this run (auto), or give its checkpoint"
             )
+    if (eps := made["attack"]["eps"]) != config["attack"]["eps"]:
+        print(f"warning: {where}: {what} of attack.eps={eps}, but this run has {config['attack']['eps']}", flush=True)

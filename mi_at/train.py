@@ -93,7 +93,7 @@ def run_once(config: Mapping[str, Any]) -> float | None:
     sizes(attacks, data.test_dataloader().num_images, n=config["evaluation"]["n"], n_of=config["evaluation"]["n_of"])
     data.setup("fit")  # forgets the test split
     checks.check_net(net, data)
-    checks.check_coupling(config, defense, len(data.train_index))
+    checks.check_coupling(config, defense)
 
     processes = checks.process_count(lightning)
     processes_matter = batch_coupled(net) or budget.joint

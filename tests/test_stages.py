@@ -287,6 +287,19 @@ def test_estimators_of_other_data_are_refused(compose: Compose, trained: Path) -
         stages.equip(config, defense, data, files, never)
 
 
+def test_estimators_of_another_eps_are_told(
+    compose: Compose, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = f"defense.estimators={stage_two(trained)}"
+    equip(compose, trained, *NAMID, file)
+    assert "attack.eps" not in capsys.readouterr().out
+    equip(compose, trained, *NAMID, file, "attack.eps=0.125")
+    assert re.search(
+        r"warning: defense\.estimators=.*: estimators of attack\.eps=0\.\d+, but this run has 0\.125\n",
+        capsys.readouterr().out,
+    )
+
+
 def test_a_checkpoint_of_something_else_is_refused(compose: Compose, trained: Path) -> None:
     other = folders(trained)["standard_at"] / "last.ckpt"
     with pytest.raises(stages.StageError, match=r"a checkpoint of mi_at\.defenses\.standard_at\.StandardAT; expected"):

@@ -276,6 +276,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "adam": ("optim=adam", "trainer.gradient_clip_val=1"),
     "augmented": ("dataset.augment=true", "dataset.pad=1", "dataset.flip=true", "dataset.drop_last=true"),
     "part of the data": ("dataset.fraction=0.4", "dataset.train_size=null"),
+    "one image is left over": ("dataset.train_size=61",),  # it joins the batch before
     "steps of an epoch": ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1"),
 }
 

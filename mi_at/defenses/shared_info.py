@@ -224,6 +224,11 @@ class SharedInfo(Defense):
         require_one_of(("latent", "softmax"), location=location)
         require_one_of(CHOICES, attack_latent=attack_latent)
         require_one_of(CHOICES, test_latent=test_latent)
+        if location == "softmax" and (std_offset or "sample" in (attack_latent, test_latent)):
+            raise ValueError(
+                f"defense.location=softmax with std_offset={std_offset}, attack_latent={attack_latent}, "
+                f"test_latent={test_latent}: it has no stochastic layer; leave them at 0, mean and mean"
+            )
         self.alpha, self.beta, self.lambda_mi = alpha, beta, lambda_mi
         self.beta_start, self.beta_epochs = beta_start, beta_epochs
         self.beta_hold_epochs, self.beta_rise_epochs = beta_hold_epochs, beta_rise_epochs
