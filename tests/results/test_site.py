@@ -371,3 +371,9 @@ def test_the_site_of_all_tables(tmp_path: Path) -> None:
     assert len(list((out / "runs").glob("*.html"))) == len(list(report.MEASURED.rglob("record.json")))
     text = Tree((out / "index.html").read_text()).text
     assert all(re.search(rf"\b{name}\b", text) for name in report.table_names())
+
+
+@pytest.mark.slow
+def test_the_site_of_one_budget_has_its_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main(["format=html", "budget=smoke", f"out={tmp_path / 'site'}", f"records={report.MEASURED}"])
+    assert capsys.readouterr().out.endswith(f"site/index.html: {len(report.table_names())} tables, 0 runs\n")
