@@ -130,7 +130,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "keep_epochs=[0]": ("keep_epochs=[0]", "from 1 on"),
     "keep_epochs=[101]": ("keep_epochs=[101]", "after epoch 100"),
     "dataset.val_size=3": ("dataset.val_size=3", "10 classes"),
-    "dataset.train_size=201 dataset.batch_size=50": ("dataset.batch_size=50", "201 training images", "drop_last=true"),
     "save_every_n_steps=-1": ("save_every_n_steps=-1", "or 0"),
     "select=first": ("select=first", "auto, best or last"),
     "select=best dataset.val_size=0": ("select=best", "set dataset.val_size"),
