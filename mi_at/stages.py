@@ -31,6 +31,7 @@ from mi_at.defenses.base import Defense
 from mi_at.defenses.mi_estimators import MIEstimators
 from mi_at.defenses.standard_at import StandardAT
 from mi_at.evaluation.outcomes import CLEAN
+from mi_at.functional.geometry import parse_eps
 from mi_at.regularizers.namid import AUTO, Namid
 from mi_at.results.records import RecordError, config_hash, flat, read_record, run_key
 from mi_at.results.runs import NOT_TRAINING, RECORD, TRAINED, find_run
@@ -543,5 +544,6 @@ def _check_same(
                 f"{where}: {what} of {key.replace('._target_', '')}={theirs}, but this run has {own}: train the stage "
                 "for this run (auto), or give its checkpoint"
             )
-    if (eps := made["attack"]["eps"]) != config["attack"]["eps"]:
-        print(f"warning: {where}: {what} of attack.eps={eps}, but this run has {config['attack']['eps']}", flush=True)
+    their_eps, own_eps = made["attack"]["eps"], config["attack"]["eps"]
+    if parse_eps(their_eps) != parse_eps(own_eps):
+        print(f"warning: {where}: {what} of attack.eps={their_eps}, but this run has {own_eps}", flush=True)

@@ -291,7 +291,8 @@ def test_estimators_of_another_eps_are_told(
     compose: Compose, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = f"defense.estimators={stage_two(trained)}"
-    equip(compose, trained, *NAMID, file)
+    for same in ((), ("attack.eps=15/100",)):
+        equip(compose, trained, *NAMID, file, *same)
     assert "attack.eps" not in capsys.readouterr().out
     equip(compose, trained, *NAMID, file, "attack.eps=0.125")
     assert re.search(
