@@ -12,7 +12,7 @@ import pytest
 
 from mi_at import report
 from mi_at.results.tables import Cell, Table, key_of, read_table
-from tests.commands import Command
+from tests.commands import Command, Done
 from tests.conftest import DATA_FILES
 from tests.test_tables import DEFAULT, NAMES, written
 
@@ -53,20 +53,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def ask(folder: Path, *asked: str) -> Done:
+    """The sweep, in its command's own process."""
+    done = Command(folder, "-m", *asked, "trainer.enable_progress_bar=false").wait(timeout=3600)
+    assert done.code == 0, done.err
+    return done
+
+
+def skip_without(name: str) -> None:
+    root, file = Path(os.environ.get("MI_AT_DATA") or "data"), {**DATA_FILES, **OTHER_FILES}.get(name)
+    if file is not None and not (root / file).is_file():
+        pytest.skip(f"{name} is not in {root}")
+
+
+@pytest.mark.parametrize("name", ["mimae_t8", "ib_rar_t3"])
+def test_a_whole_small_table(name: str, tmp_path: Path) -> None:
+    """One command fills every place of it; the same command again finds all of it done."""
+    table = read_table(written("table", name)["table"])
+    for cell in table.cells.values():
+        skip_without(data_set(cell))
+    asked = [f"table={name}", "budget=smoke", "seed=0", "model.width=0.125"]
+    ask(tmp_path, *asked)
+    records = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/record.json")}
+    assert len(records) == len(table.cells)
+    filled = report.report([*asked, f"runs={tmp_path / 'runs'}"], [tmp_path / "runs"])
+    assert filled.aside == []
+    assert {line.cell for line in filled.lines} == set(table.cells)
+    assert [line for line in filled.lines if list(line.values) != [0]] == []
+    again = ask(tmp_path, *asked)
+    assert again.out.count("(finished)") == len(table.cells)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/record.json")} == records
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cell_of_every_kind_runs_and_is_reported(kind: str, folder: Path) -> None:
     table, cell = KINDS[kind]
-    root, name = Path(os.environ.get("MI_AT_DATA") or "data"), data_set(cell)
-    file = {**DATA_FILES, **OTHER_FILES}.get(name)
-    if file is not None and not (root / file).is_file():
-        pytest.skip(f"{name} is not in {root}")
+    skip_without(data_set(cell))
     # Narrow: a WRN-34-10 takes an hour of a core.
     asked = [f"table={table.name}", f"table.rows=[{cell.name}]", "budget=smoke", "seed=0", "model.width=0.125"]
     if any(key_of(o) == "dataset.extra" for o in cell.overrides):
         asked.append(f"dataset.extra={folder / 'extra.npz'}")
     started = time.monotonic()
-    done = Command(folder, "-m", *asked, "trainer.enable_progress_bar=false").wait(timeout=3600)
-    assert done.code == 0, done.err
+    ask(folder, *asked)
     print(f"{kind}: {time.monotonic() - started:.0f} s")
     filled = report.report([*asked, f"runs={folder / 'runs'}"], [folder / "runs"])
     assert filled.aside == []
