@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 NODE = {
     "_target_": "hydra_plugins.mi_at_launcher.ray.RayLauncher",
-    "ray": {"init": {"address": None}, "remote": {}},
+    "ray": {"init": {"address": "local"}, "remote": {}},
 }
 ConfigStore.instance().store(group="hydra/launcher", name="ray", node=NODE, provider="mi_at")
 
@@ -31,9 +31,9 @@ class RayLauncher(Launcher):
     """Run the jobs on a Ray cluster; one whose process dies is a failed job and stops no other.
 
     Args:
-        ray: init, the arguments of `ray.init` (address: null starts a cluster on this machine, "auto" or an address
-            takes one that is there), and remote, the options of a task. A task gets a GPU where the cluster has any
-            and remote does not say.
+        ray: init, the arguments of `ray.init` (address: "local" starts a cluster on this machine, "auto" or an
+            address takes one that is there), and remote, the options of a task. A task gets a GPU where the cluster
+            has any and remote does not say.
     """
 
     def __init__(self, ray: Mapping[str, Any]) -> None:

@@ -116,6 +116,15 @@ def test_a_cell_that_fails_stops_no_other_and_is_named(launcher: tuple[str, ...]
     assert "  broken seed=0: RuntimeError: broken on purpose" in summary
 
 
+@needs_ray
+@pytest.mark.slow
+def test_ray_starts_a_cluster_of_its_own_whatever_was_there_before(tmp_path: Path) -> None:
+    write_table(tmp_path, cells={"plain": ["defense=ce"]}, seeds=[0])
+    gone = {"RAY_ADDRESS": "127.0.0.1:1"}
+    done = started(tmp_path, "-m", search(tmp_path), "table=own", *TINY, *LOCAL_RAY, **gone)
+    assert done.code == 0, done.out + done.err
+
+
 # ---------------------------------------------------------------- Slurm
 @pytest.mark.slow
 def test_the_script_for_slurm_asks_for_what_was_configured_and_starts_this_python(slurm: Path, tmp_path: Path) -> None:
