@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from mi_at import io
+from mi_at import io, stages
 from mi_at.callbacks.adversarial_weight_perturbation import AdversarialWeightPerturbation
 from mi_at.checks import check
 from mi_at.defenses.base import Defense
@@ -201,6 +201,18 @@ def test_every_value_of_a_recipe_arrives(name: str, compose: Compose) -> None:
         group, option = key.split(".")
         found = config[group][option]
         assert (found | value if isinstance(value, dict) else value) == found, key
+
+
+def test_smoke_narrows_what_would_take_minutes_unless_a_width_is_typed(compose: Compose) -> None:
+    base = ["dataset=cifar10", "model=wrn34_10", "evaluation=namid_black_box"]
+
+    def width(*overrides: str) -> float:
+        return float(io.resolve(compose([*base, *overrides]))["model"]["width"])
+
+    assert (width(), width("budget=short"), width("budget=smoke")) == (1, 1, 0.125)
+    assert width("budget=smoke", "model.width=0.5") == 0.5
+    surrogate = stages.surrogate_run(io.resolve(compose([*base, "budget=smoke"])))
+    assert (surrogate["choices"]["model"], surrogate["model"]["width"]) == ("vgg19", 0.125)
 
 
 def test_the_command_line_wins_over_budget_over_recipe_over_data_set(compose: Compose) -> None:

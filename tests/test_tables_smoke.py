@@ -43,13 +43,6 @@ def data_set(cell: Cell) -> str:
     return next((o.partition("=")[2] for o in cell.overrides if key_of(o) == "dataset"), DEFAULT["dataset"])
 
 
-def narrow(cell: Cell) -> list[str]:
-    """A WRN-34-10 takes an hour of a core, and AutoAttack on a surrogate of full width as long."""
-    evaluation = next((o.partition("=")[2] for o in cell.overrides if key_of(o) == "evaluation"), DEFAULT["evaluation"])
-    surrogate = written("evaluation", evaluation).get("surrogate")
-    return ["model.width=0.125", *(["+evaluation.surrogate={model.width:0.125}"] if surrogate else [])]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all of them run, so that a surrogate or a reference is trained once; with a few synthetic images."""
@@ -79,7 +72,7 @@ def test_a_whole_small_table(name: str, tmp_path: Path) -> None:
     table = read_table(written("table", name)["table"])
     for cell in table.cells.values():
         skip_without(data_set(cell))
-    asked = [f"table={name}", "budget=smoke", "seed=0", "model.width=0.125"]
+    asked = [f"table={name}", "budget=smoke", "seed=0"]
     ask(tmp_path, *asked)
     records = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/record.json")}
     assert len(records) == len(table.cells)
@@ -96,7 +89,7 @@ def test_a_whole_small_table(name: str, tmp_path: Path) -> None:
 def test_a_cell_of_every_kind_runs_and_is_reported(kind: str, folder: Path) -> None:
     table, cell = KINDS[kind]
     skip_without(data_set(cell))
-    asked = [f"table={table.name}", f"table.rows=[{cell.name}]", "budget=smoke", "seed=0", *narrow(cell)]
+    asked = [f"table={table.name}", f"table.rows=[{cell.name}]", "budget=smoke", "seed=0"]
     if any(key_of(o) == "dataset.extra" for o in cell.overrides):
         asked.append(f"dataset.extra={folder / 'extra.npz'}")
     started = time.monotonic()

@@ -75,7 +75,8 @@ class ImageDataModule(LightningDataModule, ABC):
         extra: path of an .npz of extra training images (`image` uint8 [N, H, W, C], `label` [N]).
         extra_fraction: share of extra images in every batch, in (0, 1).
         batches_per_epoch: length of an epoch; None: one pass over the training images, or, with extra images,
-            ceil(official training set / batch_size), whatever is held out of it.
+            ceil(training and validation images / batch_size): the whole official set's, unless `fraction` or
+            `train_size` takes a part of it.
         drop_last: leave out a last training batch smaller than batch_size.
         placement: where the images lie: "auto", "device", "memory" or "mmap" (see `ImageStore`; "mmap" keeps
             the sets that have a decoded cache file, Tiny-ImageNet and `extra`, on disk; "memory" reads them
@@ -224,12 +225,12 @@ class ImageDataModule(LightningDataModule, ABC):
         Raises:
             RuntimeError: before `setup("fit")`.
         """
-        official, (train, _) = self._training_set()
+        official, (train, held_out) = self._training_set()
         rank, world_size = self._process()
         extra_index, length = None, self.batches_per_epoch
         if self._extra is not None:
             extra_index = torch.arange(len(self._extra[1])) + len(official.y)
-            length = length or -(-len(official.y) // self.batch_size)
+            length = length or -(-(len(train) + len(held_out)) // self.batch_size)
         return DeviceLoader(
             self._store("train"),
             train,

@@ -242,6 +242,8 @@ def test_extra_images(tmp_path: Path, placement: str) -> None:
         assert torch.equal(batch.y, torch.where(batch.index < 100, batch.index % 20 % 10, (batch.index - 100) % 10))
         assert not set(batch.index.tolist()) & set(data.val_index.tolist())
     assert len(cifar(tmp_path, extra=tmp_path / "extra.npz", batches_per_epoch=3).train_dataloader()) == 3
+    part = cifar(tmp_path, extra=tmp_path / "extra.npz", train_size=30, val_size=20)
+    assert len(part.train_dataloader()) == 3  # ceil((30 + 20) / 20)
     assert torch.equal(torch.cat([b.index for b in data.train_batches()]), data.train_index)
     drawn = data.draw_per_class(50, generator=torch.Generator().manual_seed(0))
     assert (drawn.index >= 100).any()

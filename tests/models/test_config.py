@@ -35,7 +35,7 @@ def test_the_file_lists_every_option_with_its_default(name: str) -> None:
     assert set(node) == set(parameters)
     for option, parameter in parameters.items():
         if parameter.default is not inspect.Parameter.empty:
-            assert node[option] == parameter.default, option
+            assert config(name)[option] == parameter.default, option
 
 
 @pytest.mark.parametrize("name", NAMES)
