@@ -530,7 +530,7 @@ def _take_estimators(config: Mapping[str, Any], term: Namid, path: Path, data: I
 def _check_same(
     config: Mapping[str, Any], made: Mapping[str, Any], where: str, what: str, *, any_network: bool = False
 ) -> None:
-    """Data, norm and network of a stage must be the run's own."""
+    """Data, norm and network of a stage must be the run's own; another eps is told."""
     pairs = {
         "dataset": (made["dataset"].get("name"), config["dataset"].get("name")),
         "attack.norm": (made["attack"]["norm"], config["attack"]["norm"]),

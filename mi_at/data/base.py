@@ -22,6 +22,7 @@ from mi_at.data.loader import (
     DeviceLoader,
     ImageStore,
     SequentialLoader,
+    batches_with_extra,
     extra_count,
 )
 from mi_at.data.seeding import keyed_generator
@@ -230,7 +231,7 @@ class ImageDataModule(LightningDataModule, ABC):
         extra_index, length = None, self.batches_per_epoch
         if self._extra is not None:
             extra_index = torch.arange(len(self._extra[1])) + len(official.y)
-            length = length or -(-(len(train) + len(held_out)) // self.batch_size)
+            length = length or batches_with_extra(len(train) + len(held_out), self.batch_size)
         return DeviceLoader(
             self._store("train"),
             train,

@@ -78,6 +78,20 @@ def batch_sizes(count: int, batch_size: int, *, drop_last: bool = False) -> list
     return sizes
 
 
+def batches_with_extra(count: int, batch_size: int) -> int:
+    """Batches of an epoch with extra images, whose share of a batch is fixed: as many as one pass without them has.
+
+    Args:
+        count: training and validation images, so that an epoch is as long whatever is held out.
+        batch_size: of a global batch, >= 1.
+
+    Example:
+        >>> batches_with_extra(50_000, 128)
+        391
+    """
+    return -(-count // batch_size)
+
+
 class ImageStore:
     """Images and labels where training finds them fastest; index in, tensors on the training device out.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mi_at.data.loader import batches_with_extra
 from mi_at.results.measured import Found
 from mi_at.results.records import config_hash
 from mi_at.results.rehearsal import Cost, Size, Training
@@ -223,7 +224,7 @@ def size_of(config: Mapping[str, Any], train: int, validation: int) -> Size:
     data, trainer, epochs = config["dataset"], config["trainer"], int(config["optim"]["epochs"])
     batch = int(data["batch_size"])
     extra = bool(data["extra"])
-    steps = data["batches_per_epoch"] or (-(-(train + validation) // batch) if extra else None)
+    steps = data["batches_per_epoch"] or (batches_with_extra(train + validation, batch) if extra else None)
     images = steps * batch if steps else train // batch * batch if data["drop_last"] else train
     limit, of_validation = trainer["limit_train_batches"], trainer["limit_val_batches"]
     images = min(images, limit * batch) if isinstance(limit, int) else int(images * min(limit, 1))

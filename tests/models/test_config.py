@@ -25,7 +25,8 @@ def test_the_ten_networks_of_the_papers_are_there() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_lists_every_option_with_its_default(name: str) -> None:
-    node = OmegaConf.to_container(config(name))
+    written = config(name)
+    node = OmegaConf.to_container(written)
     assert isinstance(node, dict)
     net_class = get_class(str(node.pop("_target_")))
     assert issubclass(net_class, Classifier)
@@ -35,7 +36,7 @@ def test_the_file_lists_every_option_with_its_default(name: str) -> None:
     assert set(node) == set(parameters)
     for option, parameter in parameters.items():
         if parameter.default is not inspect.Parameter.empty:
-            assert config(name)[option] == parameter.default, option
+            assert written[option] == parameter.default, option
 
 
 @pytest.mark.parametrize("name", NAMES)
