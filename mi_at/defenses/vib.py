@@ -83,6 +83,11 @@ class Vib(Defense):
         require_one_of(("clean", ADVERSARIAL), view=view)
         require_one_of(CHOICES, attack_latent=attack_latent)
         require_one_of(CHOICES, test_latent=test_latent)
+        if view == "clean" and attack_latent == "sample":
+            raise ValueError(
+                f"defense.attack_latent={attack_latent} with view={view}: training attacks nothing; set "
+                "defense.view=adversarial, or leave it at mean"
+            )
         self.beta, self.view = beta, view
         self.latent_dim, self.std_offset = latent_dim, std_offset
         self.attack_latent, self.test_latent = attack_latent, test_latent

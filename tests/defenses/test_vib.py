@@ -119,6 +119,7 @@ def test_it_starts_narrow() -> None:
         ({"view": "cluster"}, r"defense.view='cluster': expected one of clean, adversarial"),
         ({"latent_dim": 0}, r"defense.latent_dim=0: expected 1 or more"),
         ({"attack_latent": "both"}, r"defense.attack_latent='both': expected one of mean, sample"),
+        ({"attack_latent": "sample"}, r"attack_latent=sample with view=clean: .* set defense.view=adversarial"),
         ({"test_latent": "both"}, r"defense.test_latent='both': expected one of mean, sample"),
     ],
 )
