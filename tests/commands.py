@@ -27,7 +27,7 @@ TINY = (
 """A run of a second: 2 epochs of 3 batches, on real digits."""
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["mi_at.train", "mi_at.evaluate"])
+FORKED.set_forkserver_preload(["tests.preloaded"])
 
 
 @dataclass(frozen=True)

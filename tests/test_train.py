@@ -36,13 +36,14 @@ def learning(method: str, group: str) -> list[str]:
     return [f"{key}.estimator_objective=eq4", f"{key}.estimator_epochs=20"]
 
 
-def train(folder: Path, *overrides: str, quiet: bool = True) -> Path:
-    """Train in a folder of one's own below it; the run folder."""
-    done = command(folder, *tiny("run_dir=run", *overrides))
+def train(where: Path, *overrides: str, folder: Path | None = None, quiet: bool = True) -> Path:
+    """Train in a run folder of one's own, by default below `where`; that folder."""
+    folder = folder or where / "run"
+    done = command(where, *tiny(f"run_dir={folder}", *overrides))
     assert done.code == 0, done.err
     if quiet:
         assert done.err == "", "nothing to complain about"
-    return folder / "run"
+    return folder
 
 
 def only_run(done: Done, folder: Path) -> Path:
@@ -80,16 +81,23 @@ test_images.__test__ = False  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- every method
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where namid runs, so that its stages are trained once."""
+    return tmp_path_factory.mktemp("place")
+
+
 @pytest.mark.parametrize("regularizer", ["none", "mi"])
 @pytest.mark.parametrize("defense", DEFENSES)
-def test_a_run_leaves_everything_behind(tmp_path: Path, defense: str, regularizer: str) -> None:
+def test_a_run_leaves_everything_behind(place: Path, tmp_path: Path, defense: str, regularizer: str) -> None:
+    where = place if defense == "namid" else tmp_path
     attacked = regularizer == "none"
     options = [f"defense={defense}", f"regularizer={regularizer}", *(["evaluation=quick"] if attacked else [])]
     options += learning(defense, "defense")
-    done = command(tmp_path, *tiny(*options, "trainer.log_every_n_steps=1"))
+    done = command(where, *tiny(*options, "trainer.log_every_n_steps=1"))
     assert done.err == ""
     key = f"{defense}{'' if attacked else '+mi'}-digits-cnn_tiny-s0"
-    (run,) = (tmp_path / "runs").glob(f"{key}-*")  # namid's stages lie beside it
+    (run,) = (where / "runs").glob(f"{key}-*")  # namid's stages lie beside it
     # ce never makes an adversarial image of its own, but validation does; ib_rar is also evaluated without its mask
     others = {"evaluations"} if defense == "ib_rar" else set()
     assert {path.name for path in run.iterdir()} == FILES | {"samples.png"} | others
@@ -127,12 +135,12 @@ def test_a_run_leaves_everything_behind(tmp_path: Path, defense: str, regularize
     ("base", "regularizer"),
     [(base, term) for term in REGULARIZERS for base in (*BASES, *(["ce"] if term in WITHOUT_ATTACK else []))],
 )
-def test_every_term_on_every_base(tmp_path: Path, base: str, regularizer: str) -> None:
+def test_every_term_on_every_base(place: Path, base: str, regularizer: str) -> None:
     options = [f"defense={base}", f"regularizer={regularizer}", *learning(regularizer, "regularizer")]
-    done = command(tmp_path, *tiny(*options, "trainer.log_every_n_steps=1"))
+    done = command(place, *tiny(*options, "trainer.log_every_n_steps=1"))
     assert done.code == 0, done.err
     assert done.err == ""
-    (run,) = (tmp_path / "runs").glob(f"{base}+{regularizer}-digits-cnn_tiny-s0-*")
+    (run,) = (place / "runs").glob(f"{base}+{regularizer}-digits-cnn_tiny-s0-*")
     losses = values(run, "train/loss")
     assert len(losses) == 6
     assert all(math.isfinite(loss) for loss in losses)
@@ -144,12 +152,10 @@ def test_every_term_on_every_base(tmp_path: Path, base: str, regularizer: str) -
 
 
 @pytest.mark.parametrize("name", ["ib_rar", "namid", "ncmi", "ncmi_relaxed"])
-def test_a_paper_under_its_own_name_is_standard_at_with_its_term(tmp_path: Path, name: str) -> None:
-    for folder in ("own", "added"):
-        (tmp_path / folder).mkdir()
-    own = train(tmp_path / "own", f"defense={name}", *learning(name, "defense"))
+def test_a_paper_under_its_own_name_is_standard_at_with_its_term(place: Path, tmp_path: Path, name: str) -> None:
+    own = train(place, f"defense={name}", *learning(name, "defense"), folder=tmp_path / "own")
     options = ["defense=standard_at", f"regularizer={name}", *learning(name, "regularizer")]
-    added = train(tmp_path / "added", *options)
+    added = train(place, *options, folder=tmp_path / "added")
     assert same(weights(own), weights(added))
     assert values(own, "train/loss") == values(added, "train/loss")
 

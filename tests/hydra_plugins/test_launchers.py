@@ -201,7 +201,7 @@ def test_a_launcher_that_is_not_installed_says_what_to_install(launcher: str, pa
     # An empty package of its name comes first on the path of the command, which is the folder it runs in.
     (tmp_path / "hydra_plugins" / package).mkdir(parents=True)
     (tmp_path / "hydra_plugins" / package / "__init__.py").touch()
-    done = command(tmp_path, "-m", f"launcher={launcher}", "seed=0,1", *TINY)
+    done = started(tmp_path, "-m", f"launcher={launcher}", "seed=0,1", *TINY)  # where no plugin is found already
     assert done.code == 1
     assert f"launcher={launcher}: its plugin is not installed: pip install 'mi_at[launchers]'" in done.err
     assert "Traceback" not in done.err
