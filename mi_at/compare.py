@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mi_at.results.pairing import ComparisonError, Row, Side, compare, differences, read_side, term_shares
-from mi_at.results.records import RecordError
+from mi_at.results.records import RecordError, seed_keys
 from mi_at.results.statistics import p_text
 from mi_at.results.terminal import NOT_RUN, columns, markdown_row
 
@@ -53,7 +53,9 @@ def report(a: Side, b: Side, *, markdown: bool = False) -> str:
     seeds = ", ".join(str(seed) for seed in a.seeds)
     other = "" if a.seeds == b.seeds else f" and {', '.join(str(seed) for seed in b.seeds)}"
     lines = [f"A: {a.name}", f"B: {b.name}", f"seeds {seeds}{other}, budget {a.records[0].budget}", ""]
-    changed = [(key, str(one), str(two)) for key, one, two in differences(a.records[0], b.records[0]) if key != "seed"]
+    first, second = a.records[0], b.records[0]
+    seeded = {*seed_keys(first.config)} & {*seed_keys(second.config)}
+    changed = [(key, str(one), str(two)) for key, one, two in differences(first, second) if key not in seeded]
     if changed:
         lines += ["What differs in their configurations:", *_table(("key", "A", "B"), changed, markdown), ""]
     lines += _table(HEADINGS, [_cells(row) for row in rows], markdown)

@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mi_at.compare import main
+from mi_at.compare import main, report
 from mi_at.results.pairing import ComparisonError, compare, differences, read_side, term_shares
 from mi_at.results.records import read_outcomes, write_record
-from tests.results.makers import config, evaluation, record
+from tests.results.makers import config, evaluation, leaving, record
 
 ROOT = Path(__file__).resolve().parents[1] / "results" / "measured"
 MNIST = ROOT / "head_to_head_mnist_cnn4_short"
 
 
-def run(folder: Path, *, seed: int = 0, eps: float = 0.02, **options: Any) -> Path:
-    """A run folder with a record of its own."""
+def run(folder: Path, *, seed: int = 0, eps: float = 0.02, less: int = 0, **options: Any) -> Path:
+    """A run folder with a record of its own, in which FGSM leaves `less` images fewer right than it does."""
     result = evaluation(eps=eps)
+    result = leaving(result, "fgsm", int(result["fgsm"].correct.sum()) - less)
     write_record(folder / "record.json", record(result, seed=seed, **options), result)
     return folder
 
@@ -94,11 +95,7 @@ def test_matched_clean_accuracy_over_seeds(tmp_path: Path) -> None:
     """Every fifth of the 40 images has another label: it is right on neither side when clean, and does not count."""
     for side, lost in (("a", 0), ("b", 3)):
         for seed in (0, 1):
-            folder = run(tmp_path / side / f"s{seed}", seed=seed)
-            outcomes = dict(read_outcomes(folder / "record.npz"))
-            right = np.flatnonzero(outcomes["fgsm.prediction"] == outcomes["label"])[: lost + seed * (side == "b")]
-            outcomes["fgsm.prediction"][right] = 1 - outcomes["label"][right]
-            np.savez(folder / "record.npz", **outcomes)
+            run(tmp_path / side / f"s{seed}", seed=seed, less=lost + seed * (side == "b"))
     rows, _ = compare(read_side(tmp_path / "a"), read_side(tmp_path / "b"))
     fgsm = next(row for row in rows if row.name == "fgsm")
     assert fgsm.both_clean is not None
@@ -108,6 +105,21 @@ def test_matched_clean_accuracy_over_seeds(tmp_path: Path) -> None:
     assert fgsm.difference.value == pytest.approx(-3.5 / 40)
     assert fgsm.matched.n == 2
     assert next(row for row in rows if row.name == "clean").matched is None
+
+
+def test_the_seeds_of_a_sweep_are_one_configuration(tmp_path: Path) -> None:
+    """Where the data set takes the seed of the run, as every one of conf/ does."""
+    for side, rate in (("a", 0.1), ("b", 0.5)):
+        for seed in (0, 1):
+            sweep = config(seed=seed, dataset__seed=seed, optim__lr=rate)
+            run(tmp_path / side / f"s{seed}", seed=seed, less=seed * (side == "b"), config=sweep)
+    a, b = read_side(tmp_path / "a"), read_side(tmp_path / "b")
+    assert (a.seeds, b.seeds) == ((0, 1), (0, 1))
+    text = report(a, b)
+    assert "over 2 seeds (paired t" in text
+    assert [line.split() for line in text.splitlines() if line.startswith(("optim", "dataset", "seed "))] == [
+        ["optim.lr", "0.1", "0.5"]
+    ]
 
 
 def test_what_differs_and_the_terms(tmp_path: Path) -> None:

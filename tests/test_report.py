@@ -19,7 +19,7 @@ from mi_at.results.measured import Filled, Line, identity
 from mi_at.results.records import Record, make_record, write_record
 from mi_at.results.tables import TableError
 from tests.own_table import search, write_table
-from tests.results.makers import evaluation
+from tests.results.makers import evaluation, leaving
 
 SHARED = [
     "dataset=digits",
@@ -61,9 +61,10 @@ def planned(place: Path, cell: str, *typed: str) -> dict[str, Any]:
         return dict(report.plan_of(jobs[0]).config)
 
 
-def measured(place: Path, cell: str, *typed: str, name: str = "run", eps: float = 0.02, **changes: Any) -> Record:
-    """A record of a cell in runs/<name>/."""
-    config, result = planned(place, cell, *typed), evaluation(eps=eps)
+def measured(place: Path, cell: str, *typed: str, name: str = "run", less: int = 0, **changes: Any) -> Record:
+    """A record of a cell in runs/<name>/, in which FGSM leaves `less` images fewer right than it does."""
+    config, result = planned(place, cell, *typed), evaluation(eps=changes.pop("eps", 0.02))
+    result = leaving(result, "fgsm", int(result["fgsm"].correct.sum()) - less)
     made = make_record(
         result, config=config, checkpoint={"rule": "last"}, names=config["choices"], tags={"tags": config["tags"]}
     )
@@ -96,11 +97,8 @@ def test_reported_beside_measured(place: Path) -> None:
 def test_seeds_are_averaged_and_a_typed_seed_chooses(place: Path) -> None:
     rights = []
     for seed in (0, 1, 2):
-        record = measured(place, "TRADES", f"seed={seed}", name=f"s{seed}")
-        row = record["fgsm"]
-        changed = replace(row, **share(row.n, row.correct - seed))
-        write_record(place / f"runs/s{seed}/record.json", with_row(record, changed))
-        rights.append(row.correct - seed)
+        record = measured(place, "TRADES", f"seed={seed}", name=f"s{seed}", less=seed)
+        rights.append(record["fgsm"].correct)
     found = line(shown(place), "TRADES", "fgsm")
     assert found.mean == pytest.approx(100 * sum(rights) / 3 / 40)
     assert found.std == pytest.approx(100 / 40)  # of r, r - 1, r - 2
@@ -110,8 +108,6 @@ def test_seeds_are_averaged_and_a_typed_seed_chooses(place: Path) -> None:
 
 
 def share(n: int, correct: int) -> dict[str, Any]:
-    from mi_at.evaluation.intervals import wilson
-
     return {"n": n, "correct": correct, "accuracy": correct / n, "interval": wilson(correct, n)}
 
 
@@ -228,6 +224,7 @@ def test_tags_alone_bring_nothing_into_a_table(place: Path) -> None:
 def test_a_row_that_is_another_measurement_is_refused(place: Path, change: dict[str, Any], said: str) -> None:
     record = measured(place, "TRADES")
     path = place / "runs/run/record.json"
+    path.with_suffix(".npz").unlink()  # beside which another n would be damage
     write_record(path, with_row(record, replace(record["fgsm"], **change)))
     filled = shown(place)
     assert line(filled, "TRADES", "fgsm").mean is None
@@ -255,17 +252,27 @@ def test_a_damaged_record_is_named_and_the_others_are_shown(place: Path) -> None
     assert said.startswith(f"damaged: {broken}: not a whole record")
 
 
+def test_counts_that_are_not_those_of_the_outcomes_are_damage(place: Path) -> None:
+    """An edit that is consistent in itself, interval and all."""
+    record = measured(place, "TRADES")
+    row, path = record["fgsm"], place / "runs/run/record.json"
+    write_record(path, with_row(record, replace(row, **share(row.n, row.correct + 1))))
+    filled = shown(place)
+    assert line(filled, "TRADES", "fgsm").mean is None
+    said = f"fgsm: {row.correct + 1} right of 40, but {row.correct} of 40 in the outcomes beside it: was it edited?"
+    assert filled.aside == [f"damaged: {path}: {said}"]
+
+
 def test_a_second_record_of_a_seed_is_listed_where_it_differs(place: Path) -> None:
     record = measured(place, "TRADES", name="a")
     shutil.copytree(place / "runs/a", place / "runs/b")
     assert shown(place).aside == []
-    row = record["fgsm"]
-    write_record(place / "runs/b/record.json", with_row(record, replace(row, **share(row.n, row.correct - 1))))
+    measured(place, "TRADES", name="b", less=1)
     filled = shown(place)
     assert filled.aside == [
         f"a second run of seed 0: {place}/runs/b/record.json differs from {place}/runs/a/record.json, which is shown"
     ]
-    assert line(filled, "TRADES", "fgsm").mean == pytest.approx(100 * row.accuracy)
+    assert line(filled, "TRADES", "fgsm").mean == pytest.approx(100 * record["fgsm"].accuracy)
 
 
 def test_the_seed_of_training_is_no_part_of_a_cell(place: Path) -> None:

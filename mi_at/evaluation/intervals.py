@@ -7,11 +7,11 @@ import math
 Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
-def wilson(correct: int, n: int, z: float = Z_95) -> tuple[float, float]:
+def wilson(correct: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927); unlike the usual one it is right near 0 and 1.
 
     Args:
-        correct: successes, in [0, n].
+        correct: successes, in [0, n]; of several runs on the same trials their mean.
         n: trials, >= 1.
         z: quantile; the default gives 95 %.
 

@@ -24,6 +24,7 @@ from mi_at.results.records import (
     hashed_part,
     read_record,
     run_key,
+    seed_keys,
 )
 from mi_at.results.reported import Reported
 from mi_at.results.tables import Cell, Table, TableError, key_of
@@ -111,9 +112,9 @@ class Line:
         return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
 
     @property
-    def counted(self) -> tuple[int, int] | None:
+    def counted(self) -> tuple[float, int] | None:
         """Images that are right, on average over the seeds, and all; None where nothing was run."""
-        return None if self.mean is None or self.n is None else (round(self.mean * self.n / 100), self.n)
+        return None if self.mean is None or self.n is None else (round(self.mean * self.n / 100, 6), self.n)
 
     @property
     def difference(self) -> float | None:
@@ -195,9 +196,8 @@ def identity(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
         >>> identity({"seed": 0, "dataset": {"seed": 7}}) == identity({"seed": 0, "dataset": {"seed": 0}})
         False
     """
-    own = (config.get("dataset") or {}).get("seed") == config.get("seed")
-    seeds = ("seed", "dataset.seed") if own else ("seed",)
-    return config_hash(config, without=(*seeds, *(VALIDATION if config.get("select") == "last" else ()), *without))
+    validation = VALIDATION if config.get("select") == "last" else ()
+    return config_hash(config, without=(*seed_keys(config), *validation, *without))
 
 
 def fill(
@@ -290,8 +290,10 @@ def chosen(cell: Cell, group: str, choices: Mapping[str, str]) -> str:
 
 def _leave_empty(filled: Filled, cell: Cell, printed: Mapping[str, Reported], choices: Mapping[str, str]) -> None:
     dataset, model = (chosen(cell, group, choices) for group in ("dataset", "model"))
-    for column, number in printed.items():
-        attack = filled.table.columns[column]
+    columns: list[tuple[str, str, Reported | None]]
+    columns = [(column, filled.table.columns[column], number) for column, number in printed.items()]
+    # What else a table shows an evaluation may lack, which only a composed cell tells; a cell never vanishes for it.
+    for column, attack, number in columns or [(attack, attack, None) for attack in filled.table.more]:
         filled.lines.append(Line(cell.name, cell.row, dataset, model, column, attack, number, {}, None, (), None))
 
 

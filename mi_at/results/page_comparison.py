@@ -232,8 +232,6 @@ def _gap_row(name: str, gap: Difference | None, reach: float) -> Html:
 def _gap_text(gap: Difference | None) -> Child:
     if gap is None:
         return NOT_RUN
-    if gap.low == gap.high == 0:
-        return "0, every image alike"
     text = join([_points(gap.value), tag("br"), tag("small", _limits(gap))])
     return tag("b", text) if gap.clear else text
 

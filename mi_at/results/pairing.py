@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mi_at.evaluation.outcomes import CLEAN
-from mi_at.results.records import AttackRecord, Record, config_hash, flat, read_outcomes, read_record
+from mi_at.results.records import AttackRecord, Record, config_hash, flat, read_outcomes, read_record, seed_keys
 from mi_at.results.statistics import Difference, holm, paired_over_images, paired_over_seeds
 
 RECORD = "record.json"
@@ -83,7 +83,7 @@ def read_side(path: str | Path) -> Side:
     if not found:
         raise ComparisonError(f"{path}: no {RECORD} there: give a record, a run folder, or a folder of run folders")
     records = sorted(((read_record(place), place) for place in found), key=lambda pair: pair[0].seed)
-    kinds = {config_hash(record.config, without=("seed",)) for record, _ in records}
+    kinds = {config_hash(record.config, without=seed_keys(record.config)) for record, _ in records}
     if len(kinds) > 1:
         keys = ", ".join(record.key for record, _ in records)
         raise ComparisonError(f"{path} holds several configurations ({keys}): one side of a comparison is one of them")

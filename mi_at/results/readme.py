@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mi_at.results.records import Record, read_record
-from mi_at.results.terminal import NOT_RUN, format_accuracy, format_eps, markdown_table
+from mi_at.results.terminal import NOT_RUN, format_accuracy, format_eps, markdown_row, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_TO_HEAD = {
@@ -27,6 +27,7 @@ HEAD_TO_HEAD = {
     "adaptive": "its own loss",
     "worst": "worst of all",
 }
+TABLE_8_CELLS = ("standard_at", "trades", "mart", "mimae")
 # Columns of MIMAE-AT's Table 8, the name of our attack as printed, and of the honest one beside it.
 TABLE_8 = (
     ("Natural", "clean", "clean"),
@@ -74,22 +75,28 @@ def head_to_head(root: Path) -> str:
 
 
 def mimae_table_8(root: Path) -> str:
-    """MIMAE-AT's Table 8 as printed beside our short run of its recipe."""
-    (record,) = _records(root / "results/measured/mimae_t8_short", ["mimae"])
+    """MIMAE-AT's Table 8: what it printed / what our short run of its recipe measured, a column per method."""
+    records = _records(root / "results/measured/mimae_t8_short", TABLE_8_CELLS)
     with (root / "results/reported/mimae.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["table"] == "8" and row["defense"] == "mimae"]
-    reported = {row["attack"]: row["value"] for row in rows}
+        rows = [row for row in csv.DictReader(file) if row["table"] == "8"]
+    reported = {(row["defense"], row["attack"]): row["value"] for row in rows}
+    cells = [record.key for record in records]
     lines = [
-        "| attack | step | steps | reported % | measured % (n) | flags |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        markdown_row(["attack", "step", "steps", *cells, "n", "flags"]),
+        markdown_row(["---", *["---:"] * (3 + len(cells)), "---"]),
     ]
     for title, paper, name in TABLE_8:
-        row = record[name]
-        step = NOT_RUN if row.step_size is None else format_eps(row.step_size)
-        steps = NOT_RUN if row.steps is None else str(row.steps)
-        measured = f"{format_accuracy(row.correct, row.n)} ({row.n})"
-        flags = " ".join(row.flags) or NOT_RUN
-        lines.append(f"| {title} | {step} | {steps} | {reported.get(paper, NOT_RUN)} | {measured} | {flags} |")
+        found = [record[name] for record in records]
+        one, flags = found[0], {flag: None for row in found for flag in row.flags}
+        if len({(row.n, row.step_size, row.steps) for row in found}) > 1:
+            raise ValueError(f"mimae_t8: {name} of its records differs in n, step or steps, but a row holds one attack")
+        pairs = [
+            f"{reported.get((cell, paper), NOT_RUN)} / {format_accuracy(row.correct, row.n)}"
+            for cell, row in zip(cells, found, strict=True)
+        ]
+        step = NOT_RUN if one.step_size is None else format_eps(one.step_size)
+        steps = NOT_RUN if one.steps is None else str(one.steps)
+        lines.append(markdown_row([title, step, steps, *pairs, str(one.n), " ".join(flags) or NOT_RUN]))
     return "\n".join(lines) + "\n"
 
 

@@ -380,6 +380,17 @@ def config_hash(config: Mapping[str, Any], *, without: Sequence[str] = (), proce
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def seed_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys in which two seeds of one experiment differ; a data set takes the run's seed unless it is given its own.
+
+    Example:
+        >>> seed_keys({"seed": 1, "dataset": {"seed": 1}}), seed_keys({"seed": 1, "dataset": {"seed": 7}})
+        (('seed', 'dataset.seed'), ('seed',))
+    """
+    own = (config.get("dataset") or {}).get("seed") == config.get("seed")
+    return ("seed", "dataset.seed") if own else ("seed",)
+
+
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A configuration's values by their whole keys; an empty section is a value.
 
@@ -526,7 +537,7 @@ def write_record(path: str | Path, record: Record, result: EvaluationResult | No
 
 
 def read_record(path: str | Path) -> Record:
-    """Read and check a record.
+    """Read and check a record, its counts also against the outcomes beside it, where they are.
 
     Raises:
         RecordError: missing, half-written, edited, or of another schema; the message names the file.
@@ -550,7 +561,23 @@ def read_record(path: str | Path) -> Record:
     expected = {config_hash(record.config), config_hash(record.config, processes=record.processes)}
     if record.config_hash not in expected:
         raise RecordError(f"{path}: config_hash {record.config_hash} is not that of its config: was it edited?")
+    beside = path.with_suffix(".npz")
+    if beside.is_file():
+        _check_counts(path, record, read_outcomes(beside))
     return record
+
+
+def _check_counts(path: Path, record: Record, outcomes: Mapping[str, np.ndarray]) -> None:
+    for row in record.attacks:
+        prediction = outcomes.get(f"{row.name}.prediction")
+        if prediction is None:  # a worst case follows from the others
+            continue
+        correct = int((prediction == outcomes["label"][: len(prediction)]).sum())
+        if (row.correct, row.n) != (correct, len(prediction)):
+            raise RecordError(
+                f"{path}: {row.name}: {row.correct} right of {row.n}, but {correct} of {len(prediction)} in the "
+                "outcomes beside it: was it edited?"
+            )
 
 
 def _read_row(path: Path, row: dict[str, Any]) -> AttackRecord:

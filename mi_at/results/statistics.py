@@ -56,10 +56,11 @@ def p_text(p: float) -> str:
 
 
 def paired_over_images(a: np.ndarray, b: np.ndarray) -> Difference:
-    """The difference on the same images, its standard error from the images where the two differ.
+    """The difference on the same images, with the interval of Agresti and Min (2005).
 
-    The p-value is McNemar's exact one (McNemar 1947): of the images that one gets right and the other wrong, how
-    unlikely is so uneven a share.
+    It is Wald's after half an image more in each of the four cells (both right, one, the other, none): of few images,
+    or where the two never differ, Wald's own is too narrow, or of no width at all. The p-value is McNemar's exact one
+    (McNemar 1947): of the images that one gets right and the other wrong, how unlikely is so uneven a share.
 
     Args:
         a: [n] bool, right under the first.
@@ -72,16 +73,17 @@ def paired_over_images(a: np.ndarray, b: np.ndarray) -> Difference:
         >>> a, b = np.array([1, 1, 0, 0] * 10, bool), np.array([1, 1, 1, 0] * 10, bool)
         >>> d = paired_over_images(a, b)
         >>> round(d.value, 3), round(d.low, 3), round(d.high, 3), round(d.p, 4)
-        (0.25, 0.116, 0.384, 0.002)
+        (0.25, 0.101, 0.375, 0.002)
     """
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise ValueError(f"outcomes {a.shape} and {b.shape}: expected two of the same images, one value each")
     n, gained, lost = len(a), int((b & ~a).sum()), int((a & ~b).sum())
-    value = (gained - lost) / n
-    error = math.sqrt(max(0.0, (gained + lost) / n - value * value) / n)
+    more = n + 2
+    centre, apart = (gained - lost) / more, (gained + lost + 1) / more
+    half = Z_95 * math.sqrt((apart - centre * centre) / more)
     p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Difference(value, value - Z_95 * error, value + Z_95 * error, p, n)
+    return Difference((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), p, n)
 
 
 def paired_over_seeds(a: Sequence[float], b: Sequence[float]) -> Difference:

@@ -148,7 +148,7 @@ def format_accuracy(correct: int, n: int) -> str:
     return f"{100 * correct / n:.1f}{interval_text(correct, n)}"
 
 
-def interval_text(correct: int, n: int) -> str:
+def interval_text(correct: float, n: int) -> str:
     """The 95 % interval in per cent as the end of a number; empty where n is large enough for a bare one.
 
     Example:
@@ -159,7 +159,7 @@ def interval_text(correct: int, n: int) -> str:
     return "" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
-def interval(correct: int, n: int) -> tuple[float, float] | None:
+def interval(correct: float, n: int) -> tuple[float, float] | None:
     """The 95 % interval in per cent; None where n is large enough for a bare number."""
     if n >= BARE_FROM:
         return None

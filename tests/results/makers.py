@@ -1,5 +1,6 @@
 """An evaluation, a configuration and a record to try things on."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,16 @@ def evaluation(n: int = 40, eps: float = 0.02) -> EvaluationResult:
     y[::5] = 1 - y[::5]
     attacks = {"fgsm": FGSM(eps=eps), "pgd_20": PGD(eps=eps, step_size=eps / 80, steps=20)}
     return evaluate(net, attacks, loader(x, y), n_of={"pgd_20": n // 2}, progress=False)
+
+
+def leaving(result: EvaluationResult, name: str, right: int) -> EvaluationResult:
+    """The same with an attack that leaves so many images right, the first of those that are right when clean."""
+    row = result[name]
+    kept = result.clean.correct[: row.n].nonzero().flatten()[:right]
+    assert len(kept) == right
+    prediction = 1 - row.label
+    prediction[kept] = row.label[kept]
+    return replace(result, attacks={**result.attacks, name: replace(row, prediction=prediction)})
 
 
 def record(result: EvaluationResult | None = None, *, seed: int = 0, **options: Any) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +16,7 @@ from mi_at import cells, io, report
 from mi_at.evaluation.intervals import wilson
 from mi_at.results import site as site_module
 from mi_at.results.measured import Filled, Found, Line, may_have
-from mi_at.results.records import Record, make_record, write_record
+from mi_at.results.records import make_record, write_record
 from mi_at.results.significance import against
 from mi_at.results.site import SiteError, check_place, write_site
 from mi_at.results.site_pages import Site
@@ -25,7 +25,7 @@ from mi_at.results.tables import Cell, Table
 from tests.own_table import search, write_table
 from tests.results import figure_makers, makers
 from tests.results.browser import CHROMIUM, NO_BROWSER, Browser
-from tests.results.makers import evaluation
+from tests.results.makers import evaluation, leaving
 from tests.results.pages import AUDIT, Tree
 from tests.test_report import COLUMNS, SHARED
 
@@ -46,21 +46,20 @@ class Made:
     said: str
 
 
-def record(config: dict[str, Any], *, seed: int, right: int, **changes: Any) -> Record:
-    config = copy.deepcopy(config)
+def write(path: Path, config: dict[str, Any], *, seed: int, right: int, **changes: Any) -> None:
+    """A record, and its outcomes, in which FGSM leaves `right` images right."""
+    config, result = copy.deepcopy(config), leaving(evaluation(), "fgsm", right)
     config["seed"] = config["dataset"]["seed"] = seed
     config["defense"] |= changes
     made = make_record(
-        evaluation(),
+        result,
         config=config,
         checkpoint={"rule": "last"},
         names=config["choices"],
         tags={"tags": config["tags"]},
         audit=AUDIT if seed == 0 else None,
     )
-    accuracy = {"correct": right, "accuracy": right / 40, "interval": wilson(right, 40)}
-    rows = tuple(replace(row, **accuracy) if row.name == "fgsm" else row for row in made.attacks)
-    return replace(made, attacks=rows)
+    write_record(path, made, result)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +72,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         configs = {job.cell: dict(report.plan_of(job).config) for job in jobs[:2]}
     for cell, config in configs.items():
         for seed, more in enumerate(MORE[cell]):
-            result = evaluation()
-            write_record(folder / f"runs/{cell}-{seed}/record.json", record(config, seed=seed, right=20 + more), result)
-    other = record(configs["trades"], seed=3, right=11, beta=9.0)
-    write_record(folder / "runs/other/record.json", other, evaluation())
+            write(folder / f"runs/{cell}-{seed}/record.json", config, seed=seed, right=20 + more)
+    write(folder / "runs/other/record.json", configs["trades"], seed=3, right=11, beta=9.0)
     (folder / "runs/cut").mkdir()
     (folder / "runs/cut/record.json").write_text((folder / "runs/trades-0/record.json").read_text()[:500])
     with contextlib.chdir(folder), contextlib.redirect_stdout(_Said()) as said:
@@ -129,7 +126,7 @@ def test_every_link_leads_to_a_page_and_every_page_is_linked(made: Made) -> None
 def test_a_table_shows_printed_measured_and_their_difference(made: Made) -> None:
     text = made.pages["tables/own-smoke.html"].text
     measured = 100 * (24 + 25 + 24) / 3 / 40
-    low, high = (100 * bound for bound in wilson(24, 40))
+    low, high = (100 * bound for bound in wilson((24 + 25 + 24) / 3, 40))
     spread = 100 * (1 / 3) ** 0.5 / 40  # of 24, 25, 24
     assert "printed 58.80 measured" in text
     shown = f"{measured:.2f} ± {spread:.2f} [{low:.1f}, {high:.1f}]"

@@ -17,12 +17,14 @@ def outcomes(n: int, share_a: float, share_b: float, overlap: float, rng: np.ran
 
 
 def test_images_by_hand() -> None:
-    # 3 gained, 1 lost of 10: difference .2, variance (.4 - .04) / 10; McNemar: 2 P(X <= 1 | 4, 1/2) = 10/16.
+    # 3 gained, 1 lost of 10: difference .2. With half an image more in each cell 3.5 and 1.5 of 12: centre 2/12,
+    # variance (5/12 - 1/36) / 12. McNemar: 2 P(X <= 1 | 4, 1/2) = 10/16.
     a = np.array([1, 0, 0, 0, 1, 1, 1, 0, 0, 0], bool)
     b = np.array([0, 1, 1, 1, 1, 1, 1, 0, 0, 0], bool)
     found = paired_over_images(a, b)
     assert found.value == pytest.approx(0.2)
-    assert found.high - found.value == pytest.approx(1.959964 * math.sqrt(0.036), rel=1e-6)
+    half = 1.959964 * math.sqrt((5 / 12 - 1 / 36) / 12)
+    assert (found.low, found.high) == pytest.approx((1 / 6 - half, 1 / 6 + half), rel=1e-6)
     assert found.p == pytest.approx(10 / 16)
     assert not found.clear
 
@@ -34,6 +36,15 @@ def test_sides_change_the_sign_alone() -> None:
     assert one.p == pytest.approx(other.p)
     assert paired_over_images(a, a).value == 0
     assert paired_over_images(a, a).p == 1
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_few_images_that_never_differ_are_no_proof(n: int) -> None:
+    right, wrong = np.ones(n, bool), np.zeros(n, bool)
+    found = paired_over_images(right, right)
+    assert found.low < 0 < found.high
+    assert found.high > 0.05
+    assert -1 <= paired_over_images(right, wrong).low < paired_over_images(wrong, right).high <= 1
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
