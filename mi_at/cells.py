@@ -34,9 +34,12 @@ def split_arguments(
     Returns:
         The own options, the overrides, and the folders that hold records.
 
+    Raises:
+        ValueError: a folder of `records` that does not exist.
+
     Example:
-        >>> split_arguments(["seed=0", "format=csv", "records=[a,b]"], {"format": "terminal", "records": ""})
-        ({'format': 'csv', 'records': '[a,b]'}, ['seed=0'], ['a', 'b'])
+        >>> split_arguments(["seed=0", "format=csv", "records=[.]"], {"format": "terminal", "records": ""})
+        ({'format': 'csv', 'records': '[.]'}, ['seed=0'], ['.'])
     """
     options, overrides = dict(own), []
     for argument in given:
@@ -47,6 +50,8 @@ def split_arguments(
             overrides.append(argument)
     runs = next((o.partition("=")[2] for o in overrides if key_of(o) == "runs"), "runs")
     folders = [part.strip() for part in options["records"].strip("[]").split(",") if part.strip()]
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise ValueError(f"records={options['records']}: there is no folder {missing[0]}")
     return options, overrides, folders or [runs, str(measured)]
 
 

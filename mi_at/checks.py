@@ -119,6 +119,8 @@ def check_table(config: Mapping[str, Any]) -> None:
     cells = (config.get("table") or {}).get("cells")
     if cells:
         name = config["table"]["name"]
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise ValueError(f"table={name} beside others: a command runs one table; give a command for each")
         raise ValueError(
             f"table={name} is {len(cells)} runs ({', '.join(cells)}): give -m too, python -m mi_at.train -m "
             f"table={name}, with table.rows=[{next(iter(cells))}] for one of them"

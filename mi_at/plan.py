@@ -343,10 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{__doc__}\n{OPTIONS}")
         return
     options = {"format": "terminal", "records": "", "device": "", "efficiency": "", "calibrate": "false"}
-    own, overrides, folders = cells.split_arguments(given, options)
     io.quiet()
     io.reuse_memory()  # a calibration is to be as fast as training
     try:
+        own, overrides, folders = cells.split_arguments(given, options)
         if own["format"] not in FORMATS:
             raise TableError(f"format={own['format']}: expected one of {', '.join(FORMATS)}")
         if own["calibrate"] not in ("true", "false"):

@@ -159,10 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if {"-h", "--help"} & set(given):
         print(f"{__doc__}\nformat= {' | '.join(FORMATS)}; records=[folder,...] for other folders of records.")
         return
-    own, overrides, folders = split_arguments(
-        given, {"format": "terminal", "records": "", "out": ""}, measured=_near(MEASURED)
-    )
     try:
+        options = {"format": "terminal", "records": "", "out": ""}
+        own, overrides, folders = split_arguments(given, options, measured=_near(MEASURED))
+        typed = next((override for override in overrides if key_of(override) == "runs"), None)
+        if typed and not Path(typed.partition("=")[2]).is_dir():
+            raise TableError(f"{typed}: there is no such folder, and so no records of yours")
         if own["format"] not in FORMATS:
             raise TableError(f"format={own['format']}: expected one of {', '.join(FORMATS)}")
         if own["format"] == "html":

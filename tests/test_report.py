@@ -149,6 +149,17 @@ def test_the_worst_case_over_the_attacks_of_a_ball_is_a_column(place: Path) -> N
     assert any("worst: members ['fgsm', 'square'], the column's is" in said for said in filled.aside)
 
 
+def test_a_cell_of_which_nothing_is_printed_stays_where_nothing_was_run(place: Path) -> None:
+    write_table(place, cells=CELLS, seeds=[0], shared=SHARED, columns={}, more=["clean", "fgsm"])
+    measured(place, "TRADES")
+    filled = shown(place)
+    assert {each.cell for each in filled.lines} == set(CELLS)
+    assert [(each.attack, each.mean) for each in filled.lines if each.cell == "MART"] == [
+        ("clean", None),
+        ("fgsm", None),
+    ]
+
+
 def test_runs_that_may_differ_get_a_row_of_their_own_that_says_so(place: Path) -> None:
     bf16 = ("trainer.channels_last=true", "attack.precision=bf16")
     for may_differ, rows in (
@@ -326,6 +337,9 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (search(place), "table=own", "defense=mart"): "defense= cannot be typed beside table=own",
         (search(place), "table=own", "defense.beta=1,2"): "only seed= may have several",
         (search(place), "table=own", "defense.bta=1"): "defense.bta",
+        (search(place), "table=own", "seed=one"): "seed=one: expected a whole number",
+        (search(place), "table=own", "runs=nowhere"): "runs=nowhere: there is no such folder",
+        (search(place), "table=own", "records=[runs,nowhere]"): r"records=\[runs,nowhere\]: there is no folder nowhere",
     }.items():
         with pytest.raises(SystemExit, match=said):
             report.main(list(arguments))

@@ -191,6 +191,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     refused = run(tmp_path, "resume=true")
     assert refused.code == 1
     assert "checkpoint run/last.ckpt is truncated or damaged" in refused.err
+    assert "use another one, or remove run to train again" in refused.err
     assert last.stat().st_size == 1000
 
 

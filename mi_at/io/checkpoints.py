@@ -140,9 +140,11 @@ def _read(path: Path) -> Any:
             f"{_SAVE_WEIGHTS}"
         ) from error
     except Exception as error:  # a text file, a half-written one: torch has no common word for what it cannot read
-        size = path.stat().st_size
+        size, run = path.stat().st_size, path.parent
+        again = f", or remove {run} to train again" if (run / "config.json").is_file() else ""
         raise CheckpointError(
-            f"checkpoint {path} is truncated or damaged: {size:,} bytes that torch.load cannot read; use another one"
+            f"checkpoint {path} is truncated or damaged: {size:,} bytes that torch.load cannot read; use another "
+            f"one{again}"
         ) from error
 
 

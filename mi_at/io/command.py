@@ -113,6 +113,9 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
     except USER_ERRORS as error:
         if traced:
             raise
+        # A job's own error ends as FailedJobError: this one is of a file of the sweep's.
+        if isinstance(error, OSError) and error.filename and {"-m", "--multirun"} & {*sys.argv}:
+            error = OSError(f"{error}: a sweep's notes lie in the folder of its runs; choose another runs=")
         sys.exit(message(error))
     except RuntimeError as error:
         launcher = next((word for word in sys.argv if word.startswith(("launcher=", "hydra/launcher="))), None)

@@ -91,6 +91,8 @@ REFUSED = {
     ("table.rows=[TRADE]",): "table.rows=[TRADE]: table own has TRADES, negative, plain; did you mean TRADES?",
     ("defense=mart",): "defense= cannot be typed beside table=own: its cell TRADES is defense=trades",
     ("cell=TRADES",): "cell= is the table's own",
+    ("seed=0,one",): "seed=one: expected a whole number from 0, or several, such as seed=0,1,2",
+    ("runs=/dev/null",): "Not a directory: '/dev/null/multirun/",
     ("defense.bta=1",): "defense.bta",
 }
 
@@ -109,6 +111,13 @@ def test_an_unknown_table_names_those_there_are(tmp_path: Path) -> None:
     assert done.code == 1
     assert "table=mimae_t55: expected one of " in done.err
     assert "did you mean mimae_t5?" in done.err
+
+
+def test_two_tables_are_two_commands(tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", "table=mimae_t5,mimae_t8")
+    assert done.code == 1
+    assert "error: table=mimae_t5 beside others: a command runs one table; give a command for each" in done.err
+    assert not list(tmp_path.glob("runs/*/record.json"))
 
 
 def test_a_table_is_no_single_run(tmp_path: Path) -> None:
