@@ -286,11 +286,13 @@ def _named_device(name: str, efficiency: float | None) -> Speed:
     if not 0 < share <= 1:
         raise ValueError(f"efficiency={share}: expected a share of the peak in (0, 1]")
     fp32, bf16 = values["fp32"], values["bf16"]
+    launch = values.get("launch", 0.0)
+    waits = f", or {1e6 * launch:g} us an operation where that takes longer, as in small networks," if launch else ","
     how = (
-        f"{share:.0%} of the nominal {fp32 / 1e12:g} TFLOP/s ({bf16 / 1e12:g} in bfloat16), not measured; a small "
-        "network takes longer, for launching its kernels is not counted: calibrate=true on the device itself"
+        f"{share:.0%} of the nominal {fp32 / 1e12:g} TFLOP/s ({bf16 / 1e12:g} in bfloat16){waits} not measured: "
+        "calibrate=true on the device itself"
     )
-    return Speed(fp32 * share, bf16 * share, fp32 * share, how)
+    return Speed(fp32 * share, bf16 * share, fp32 * share, how, launch)
 
 
 def _speed_of_run(found: Found) -> tuple[Config, Speed] | None:

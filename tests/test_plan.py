@@ -112,6 +112,9 @@ def test_time_is_flop_by_speed(fresh: Plan) -> None:
     assert whole.hours(Cost(fp32=1e18)) == pytest.approx(1e18 / (494e12 * 0.25) / 3600)
     assert whole.hours(Cost(bf16=1e18)) == pytest.approx(1e18 / (989e12 * 0.25) / 3600)
     assert half.hours(Cost(fp32=1e18)) == pytest.approx(2 * whole.hours(Cost(fp32=1e18)))
+    small, large = Cost(fp32=1e12, calls=1e6), Cost(fp32=1e18, calls=1e6)
+    assert whole.hours(small) == pytest.approx(30 / 3600), "it waits for a million operations"
+    assert whole.hours(large) == whole.hours(Cost(fp32=1e18)), "it computes meanwhile"
 
 
 @pytest.mark.parametrize(

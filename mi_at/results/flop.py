@@ -29,6 +29,7 @@ class FlopCount(TorchDispatchMode):
 
     Attributes:
         of: FLOP by the type of what is multiplied, such as torch.bfloat16.
+        calls: operations of any kind that were asked for, one after another.
         peak: the most bytes that hollow tensors made meanwhile took at once.
 
     Example:
@@ -41,6 +42,7 @@ class FlopCount(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.of: Counter[torch.dtype] = Counter()
+        self.calls: float = 0
         self.peak = self._live = 0
         self._storages: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -51,6 +53,7 @@ class FlopCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.calls += 1
         if func._overloadpacket in flop_registry:
             flop = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
             self.of[next(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor))] += flop

@@ -86,16 +86,18 @@ class Speed:
         fp32, bf16: of training.
         evaluation: of an evaluation's upper bound.
         how: where the numbers come from.
+        launch: seconds from one operation to the next of those too small to keep the device busy.
     """
 
     fp32: float
     bf16: float
     evaluation: float
     how: str
+    launch: float = 0.0
 
     def hours(self, cost: Cost) -> float:
-        """Of training."""
-        return (cost.fp32 / self.fp32 + cost.bf16 / self.bf16) / 3600
+        """Of training: a device computes, or waits for what it is to do next, whichever takes longer."""
+        return max(cost.fp32 / self.fp32 + cost.bf16 / self.bf16, cost.calls * self.launch) / 3600
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ from mi_at.results.flop import FlopCount, hollow, hollow_out
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOP by precision.
+    """FLOP by precision, and operations.
 
     Attributes:
-        fp32: in float32, or better.
+        fp32: FLOP in float32, or better.
         bf16: in bfloat16.
+        calls: operations of any kind, each of which a GPU waits for when they are small.
 
     Example:
         >>> (Cost(1.0) + Cost(bf16=2.0) * 3).total
@@ -46,20 +47,21 @@ class Cost:
 
     fp32: float = 0.0
     bf16: float = 0.0
+    calls: float = 0.0
 
     @property
     def total(self) -> float:
-        """Of both."""
+        """FLOP of both."""
         return self.fp32 + self.bf16
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.fp32 + other.fp32, self.bf16 + other.bf16)
+        return Cost(self.fp32 + other.fp32, self.bf16 + other.bf16, self.calls + other.calls)
 
     def __mul__(self, times: float) -> Cost:
-        return Cost(self.fp32 * times, self.bf16 * times)
+        return Cost(self.fp32 * times, self.bf16 * times, self.calls * times)
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.fp32 - other.fp32, self.bf16 - other.bf16)
+        return Cost(self.fp32 - other.fp32, self.bf16 - other.bf16, self.calls - other.calls)
 
 
 @dataclass(frozen=True)
@@ -394,11 +396,13 @@ class _Rehearsal:
     def _context(self, epoch: int, count: FlopCount | None) -> Context:
         def batches(batch_size: int, augment: bool) -> Iterator[Batch]:
             batch = self.size.images_of(min(batch_size, self.size.train), epoch)
-            before = dict(count.of) if count else {}
+            before, calls = (dict(count.of), count.calls) if count else ({}, 0)
             yield batch
-            for kind in count.of if count else ():  # what was done with this batch is done with all of them
-                done = count.of[kind] - before.get(kind, 0)  # type: ignore[union-attr]
-                count.of[kind] += round(done * (self.size.train / len(batch) - 1))  # type: ignore[union-attr]
+            if count:  # what was done with this batch is done with all of them
+                others = self.size.train / len(batch) - 1
+                for kind in count.of:
+                    count.of[kind] += round((count.of[kind] - before.get(kind, 0)) * others)
+                count.calls += (count.calls - calls) * others
 
         return Context(
             net=self.defense.net,
@@ -412,4 +416,4 @@ class _Rehearsal:
 
 def _cost(count: FlopCount) -> Cost:
     bf16 = float(count.of[torch.bfloat16])
-    return Cost(count.flop - bf16, bf16)
+    return Cost(count.flop - bf16, bf16, count.calls)

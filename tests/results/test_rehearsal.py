@@ -8,7 +8,10 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 
+from mi_at.attacks import objectives
+from mi_at.attacks.contexts import attacking
 from mi_at.attacks.inner import InnerMaximisation
+from mi_at.attacks.pgd import pgd
 from mi_at.callbacks.adversarial_examples import AdversarialExamples
 from mi_at.callbacks.adversarial_weight_perturbation import AdversarialWeightPerturbation
 from mi_at.callbacks.weight_averaging import EMA, SWA
@@ -23,6 +26,7 @@ from mi_at.optim import SGD
 from mi_at.regularizers.base import Regularizer
 from mi_at.regularizers.ncmi import NCMI
 from mi_at.regularizers.ncmi_relaxed import NCMIRelaxed
+from mi_at.results.flop import FlopCount
 from mi_at.results.rehearsal import Cost, Make, Size, Training, count_forward, count_training, time_step
 
 STEPS = 2  # of the inner maximisation: it costs as many searches of 2 forwards
@@ -85,6 +89,19 @@ def test_a_step(name: str) -> None:
     assert forwards(training) == pytest.approx([floor] * 4, rel=0.02)
     assert training.step.total == pytest.approx(training.epochs[-1].total / 2)
     assert training.start == Cost()
+
+
+def test_operations_are_those_of_real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x, y = net(), torch.rand(50, 1, 8, 8), torch.arange(50) % 10
+
+    def counts(steps: int) -> tuple[float, float]:
+        monkeypatch.setitem(globals(), "STEPS", steps)
+        with FlopCount() as real, attacking(network):
+            pgd(objectives.cross_entropy(network, y), x, eps=0.1, step_size=0.03, steps=steps, init="uniform")
+        return count_training(made(StandardAT), SIZE).step.calls, real.calls
+
+    (two, real_two), (nine, real_nine) = counts(2), counts(9)
+    assert nine - two == real_nine - real_two > 7 * 20
 
 
 def test_validation_is_two_searches_and_three_forwards() -> None:
