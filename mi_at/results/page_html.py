@@ -345,6 +345,7 @@ svg text.arrow{font-size:20px}
 .badge.fail{color:var(--fail)}.badge.warn{color:var(--warn)}.badge.info{color:var(--info)}.badge.pass{color:var(--pass)}
 .flag{color:var(--warn);font-weight:600}
 td .flag{display:inline-block;min-width:8.5rem;white-space:normal;overflow-wrap:anywhere}
+.numbers td .flag{display:block;min-width:0}
 .examples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18.5rem),1fr));gap:1rem 1.5rem;
 list-style:none;margin:.75rem 0;padding:0}
 .triple{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:.35rem;margin:0}

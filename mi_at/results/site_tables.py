@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from mi_at.evaluation.audit_findings import SEVERITIES
 from mi_at.results.figures import FigureError, draw
 from mi_at.results.measured import Filled, Line
 from mi_at.results.page_evaluation import badge, not_run
@@ -26,8 +27,8 @@ from mi_at.results.terminal import NOT_RUN
 LEGEND = (
     "In every cell: the printed number, * where it is doubtful; below it the number measured here, mean ± standard "
     "deviation over the seeds, and the 95 % interval where they are fewer than 1,000 images; below that measured minus "
-    "printed, in points. A link leads to the run. "
-    f"{NOT_RUN}: nothing was run, or nothing is printed."
+    "printed, in points, and what is doubtful about it. A link leads to the run; a row has the gravest verdict of its "
+    f"audits. {NOT_RUN}: nothing was run, or nothing is printed."
 )
 
 
@@ -72,8 +73,11 @@ def counts(filled: Filled) -> tuple[int, int, int]:
 def _lead(site: Site, filled: Filled) -> Html:
     printed, measured, more = counts(filled)
     said = f"{measured} of {printed} printed numbers measured here, budget {filled.budget}."
+    if not printed:
+        said, more = f"A table of our own: {more} numbers measured, budget {filled.budget}.", 0
     others = [other for other in site.tables if other.table.name == filled.table.name and other is not filled]
-    small = "Not the size that the paper ran: a difference to the print says little about either."
+    beside = ": a difference to the print says little about either" if printed else ""
+    small = f"Not the size that the paper{'' if printed else 's'} ran{beside}."
     return join(
         [
             tag("p", said, f" {more} further numbers." if more else None, class_="sub"),
@@ -95,6 +99,7 @@ def _matrix(site: Site, filled: Filled) -> Html:
         rows.setdefault((line.cell, line.unlike), {})[line.column, line.attack] = line
     columns = list(dict.fromkeys((line.column, line.attack) for line in filled.lines))
     order = [*filled.table.columns.items(), *((attack, attack) for attack in filled.table.more)]
+    printed = counts(filled)[0] > 0
     columns.sort(key=lambda pair: order.index(pair) if pair in order else len(order))
     head = tag(
         "tr",
@@ -106,24 +111,28 @@ def _matrix(site: Site, filled: Filled) -> Html:
         first = next(iter(lines.values()))
         small = [first.cell] if first.cell != first.row else []
         small += [f"{first.dataset}, {first.model}", *([first.unlike] if first.unlike else [])]
-        heading = tag("th", first.row, *(tag("small", words) for words in small), scope="row")
-        body.append(tag("tr", heading, *(_cell(site, lines.get(column)) for column in columns)))
+        verdict = min((line.audit for line in lines.values() if line.audit), key=SEVERITIES.index, default=None)
+        audit = None if verdict is None else tag("small", "audit ", badge(verdict))
+        heading = tag("th", first.row, *(tag("small", words) for words in small), audit, scope="row")
+        body.append(tag("tr", heading, *(_cell(site, lines.get(column), printed) for column in columns)))
     caption = tag("caption", tag("span", filled.table.title, ". ", LEGEND))
     made = tag("table", caption, tag("thead", head), tag("tbody", *body), class_="numbers")
     return tag("div", made, class_="scroll", tabindex=0, role="region", aria_label="Printed and measured")
 
 
-def _cell(site: Site, line: Line | None) -> Html:
+def _cell(site: Site, line: Line | None, printed: bool) -> Html:
     if line is None:
         return tag("td", NOT_RUN)
+    above = tag("span", tag("span", "printed ", class_="unseen"), _sign(reported(line)), class_="printed")
     gap = (
         None if line.difference is None else tag("small", tag("span", "difference ", class_="unseen"), difference(line))
     )
     return tag(
         "td",
-        tag("span", tag("span", "printed ", class_="unseen"), _sign(reported(line)), class_="printed"),
+        above if printed else None,
         _measured(site, line),
         gap,
+        tag("small", " ".join(line.flags), class_="flag") if line.flags else None,
     )
 
 

@@ -132,7 +132,10 @@ def test_a_table_shows_printed_measured_and_their_difference(made: Made) -> None
     shown = f"{measured:.2f} ± {spread:.2f} [{low:.1f}, {high:.1f}]"
     assert f"measured {shown} difference {measured - 58.80:+.2f}" in text
     assert f"{shown} (3)" in text
-    assert "Not the size that the paper ran" in text
+    assert "Not the size that the paper ran: a difference to the print says little about either" in text
+    row = text[text.index("STANDARD-AT standard_at digits, cnn_tiny") :]
+    assert row.startswith("STANDARD-AT standard_at digits, cnn_tiny audit ✕ fail ")
+    assert " reach " in row[: row.index("TRADES")], "the flag stands in its cell"
     empty = made.pages["tables/own.html"].text
     assert "0 of 9 printed numbers measured here, budget paper" in empty
     assert "printed 58.80 measured -" in empty
@@ -321,7 +324,7 @@ def test_what_differs_from_the_cell_as_its_table_allows_is_shown_and_said(tmp_pa
     shown = filled(*lines, a=AT)
     shown.aside = ["[a] attack.precision bf16", "refused: runs/x/record.json: fgsm: n 10, the column's is 40"]
     text = Tree((write_site(tmp_path / "site", [shown], []).parent / "tables/own.html").read_text()).text
-    assert "a [a] a digits, cnn_tiny attack.precision bf16 printed - measured 40.00" in text
+    assert "a [a] a digits, cnn_tiny attack.precision bf16 measured 40.00" in text
     refused = "are not shown: refused: runs/x/record.json: fgsm: n 10, the column's is 40"
     assert f"{refused} Shown in rows of their own" in text
     assert "not quite the cell's: [a] attack.precision bf16 To run it" in text
