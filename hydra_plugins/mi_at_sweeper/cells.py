@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ class CellsSweeper(BasicSweeper):
             raise RuntimeError("setup() comes first")
         # Here and not above: Hydra imports its plugins at every start, and this brings torch along.
         from mi_at.io import FailedJobError
-        from mi_at.results.tables import read_table
+        from mi_at.results.tables import key_of, read_table
 
         chosen = self.config.hydra.runtime.choices
         if chosen.get("sweep", "none") != "none":
@@ -71,4 +72,9 @@ class CellsSweeper(BasicSweeper):
             print(f"  {job.cell} seed={job.seed}: {why(result)}", file=sys.stderr)
         if failed:
             raise FailedJobError
+        # How they were launched a report does not take; every value it does.
+        path = [override for override in self.config.hydra.overrides.hydra if key_of(override) == "hydra.searchpath"]
+        shown = [*path, *(override for override in arguments if key_of(override) != "launcher")]
+        print(f"\nall {len(jobs)} runs of table {table.name} are finished; what they measured:")
+        print(f"  {shlex.join(['python', '-m', 'mi_at.report', *shown])}", flush=True)
         return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def test_what_is_finished_is_not_run_again_and_a_record_says_where_it_belongs(sw
     assert again.code == 0, again.err
     assert records(folder) == before
     assert again.out.count("(finished)") == 2
+    said = again.out.splitlines()[-2:]
+    assert said[0] == "all 2 runs of table own are finished; what they measured:"
+    shown = command(folder, *shlex.split(said[1])[3:], module="mi_at.report")
+    assert shown.code == 0, shown.err
+    (row,) = (line.split() for line in shown.out.splitlines() if line.startswith("TRADES"))
+    assert row[3] != "-", "its number, not that nothing was run"
     tags = [json.loads(path.read_text())["tags"]["tags"] for path in before]
     assert sorted(map(tuple, tags)) == sorted([("own", "TRADES"), ("own", "plain")] * 2)
 
