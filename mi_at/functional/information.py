@@ -216,14 +216,14 @@ NOT_PROBABILITIES = "expected probabilities, rows of 0 or more that sum to 1: pa
 
 def no_probabilities(probs: Tensor) -> Tensor:
     """[B] bool: rows of [B, C] that have a negative number or do not sum to 1, as logits have and do not."""
-    return (probs < 0).any(dim=1) | ~((probs.sum(dim=1) - 1).abs() <= ROW_TOLERANCE)
+    return (probs.amin(dim=1) < 0) | ~((probs.sum(dim=1) - 1).abs() <= ROW_TOLERANCE)
 
 
 def _outputs(probs: Tensor) -> Tensor:
     """In float32 or better."""
-    if probs.ndim != 2 or not len(probs):
+    if probs.ndim != 2 or not probs.numel():
         raise ValueError(f"expected [B, C] probabilities with B > 0, got {tuple(probs.shape)}")
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
     # NaN passes: a training that diverged is told by its loss.
-    say_where_known(probs, lambda p: no_probabilities(p) & ~p.isnan().any(dim=1), NOT_PROBABILITIES)
+    say_where_known(probs, lambda p: no_probabilities(p) & ~p.amin(dim=1).isnan(), NOT_PROBABILITIES)
     return probs
