@@ -185,7 +185,9 @@ def _write_site(overrides: Sequence[str], folders: Sequence[str], out: str) -> N
     budgets = {override.partition("=")[2] for override in overrides if key_of(override) == "budget"}
     found = [each for each in found if not budgets or each.record.budget in budgets]
     index = write_site(out, tables, found, damaged, folders=folders, everything=named_table(overrides) is None)
-    print(f"{index}: {len(tables)} tables, {sum(1 for _ in (index.parent / 'runs').glob('*.html'))} runs")
+    runs = sum(1 for _ in (index.parent / "runs").glob("*.html"))
+    counted = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(tables), "table"), (runs, "run"))]
+    print(f"{index}: {', '.join(counted)}")
 
 
 def _near(path: Path) -> Path:

@@ -285,7 +285,10 @@ def _chosen(table: str, cells: Mapping[str, Cell], rows: Any) -> dict[str, Cell]
     if rows is None:
         return dict(cells)
     found: set[str] = set()
-    for row in [rows] if isinstance(rows, str) else list(rows):
+    asked = [rows] if isinstance(rows, str) else list(rows)
+    if not asked:
+        raise TableError(f"table.rows=[]: leave it out for all rows; table {table} has {', '.join(cells)}")
+    for row in asked:
         wanted = str(row)
         fitting = [
             name
