@@ -1,18 +1,21 @@
-"""A table as a command line asks for it: its cells, and the jobs that a sweep with the same arguments would run."""
+"""What a command line asks for: a table, its cells, the jobs that a sweep with the same arguments would run."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mi_at import io
+from mi_at.results.records import NOT_HASHED
 from mi_at.results.reported import FOLDER
 from mi_at.results.tables import Job, Table, TableError, key_of, read_table
 
@@ -53,6 +56,24 @@ def split_arguments(
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"records={options['records']}: there is no folder {missing[0]}")
     return options, overrides, folders or [runs, str(measured)]
+
+
+def typed_words(without: Sequence[str] = ()) -> list[str]:
+    """What this process's command line says of its numbers, without paths: a record may be shown to others.
+
+    Args:
+        without: further keys that say nothing of them.
+    """
+    said = []
+    for override in HydraConfig.get().overrides.task:
+        key, _, value = override.partition("=")
+        if key == "checkpoint":
+            said.append(f"{key}={Path(value).name}")
+        elif os.path.isfile(value):  # noqa: PTH113  Path.is_file() raises for a list of attacks longer than a file name
+            said.append(f"{key}=<file>")
+        elif not any(f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, *without)):
+            said.append(override)
+    return said
 
 
 def bar(items: Collection[Item], what: str) -> Iterable[Item]:

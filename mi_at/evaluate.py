@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import io as streams
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from mi_at import checks, io, stages
+from mi_at.cells import typed_words
 from mi_at.data.base import ImageDataModule
 from mi_at.data.batch import Batch
 from mi_at.evaluation.evaluate import identity_of, sizes
@@ -71,7 +71,7 @@ def evaluate(cfg: DictConfig) -> None:
         stands_for = {"rule": FILE, "name": found.path.name, "weights": config["weights"]}
         origin = f"{found.path} (trained elsewhere)"
     config["choices"]["evaluation"] = name = str(choices["evaluation"])
-    config["choices"]["typed"] = _typed()
+    config["choices"]["typed"] = typed_words(without=("processes", "trainer", "again"))
     config, files = stages.identify_surrogate(config)
 
     settings = config["evaluation"]
@@ -219,22 +219,6 @@ def _config_of_weights(cfg: DictConfig, served: io.Weights) -> dict[str, Any]:
 def _given() -> list[str]:
     """Keys that the command line sets."""
     return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
-
-
-def _typed() -> list[str]:
-    """What the command line says of the numbers, without paths: a record may be shown to others."""
-    said = []
-    for override in HydraConfig.get().overrides.task:
-        key, _, value = override.partition("=")
-        if key == "checkpoint":
-            said.append(f"{key}={Path(value).name}")
-        elif os.path.isfile(value):  # noqa: PTH113  Path.is_file() raises for a list of attacks longer than a file name
-            said.append(f"{key}=<file>")
-        elif not any(
-            f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, "processes", "trainer", "again")
-        ):
-            said.append(override)
-    return said
 
 
 def _snake(target: str) -> str:

@@ -330,6 +330,7 @@ def _stage(config: Mapping[str, Any], defense: str, node: Mapping[str, Any]) -> 
     stage["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     stage["choices"] |= {"defense": defense, "regularizer": "none", "callback": "none", "evaluation": "none"}
     stage["choices"]["logger"] = ",".join(stage["logger"]) or "none"
+    stage["choices"].pop("trained_by", None)  # that is the command of the run that needs it
     return stage
 
 

@@ -28,6 +28,7 @@ from mi_at.callbacks.probe import Probe
 from mi_at.callbacks.progress import Progress
 from mi_at.callbacks.sample_grid import SampleGrid
 from mi_at.callbacks.speed import Speed
+from mi_at.cells import typed_words
 from mi_at.data.base import ImageDataModule
 from mi_at.data.seeding import keyed_generator
 from mi_at.defenses.base import Defense
@@ -56,6 +57,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     config = io.resolve(cfg)
     checks.check(config)
+    config["choices"]["trained_by"] = typed_words()
     try:
         return run_once(config)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 import mi_at
 from mi_at.data.digits import Digits
+from mi_at.results.page_evaluation import command as page_command
 from mi_at.results.records import Record, read_record
 from tests.commands import Done, command, tiny
 
@@ -168,6 +170,18 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "run folder: runs/mimae-digits-cnn_tiny-s0-" in done.stdout
     again = command(tmp_path, *tiny())
     assert "(finished)" in again.out
+
+
+def test_the_command_on_a_page_is_that_of_the_run(tmp_path: Path) -> None:
+    done = command(tmp_path, *tiny("defense.beta=2", "runs=elsewhere", "tags=[mine]", "evaluation=quick"))
+    assert done.code == 0, done.err
+    (run,) = (tmp_path / "elsewhere").iterdir()
+    record = read_record(run / "record.json")
+    words = shlex.split(page_command(record) or "")
+    assert words[:3] == ["python", "-m", "mi_at.train"]
+    assert "defense.beta=2" in words
+    assert not any(word.startswith(("runs=", "tags=")) for word in words)
+    assert "(finished)" in command(tmp_path, *words[3:], "runs=elsewhere").out
 
 
 # ---------------------------------------------------------------- names, seeds

@@ -274,7 +274,7 @@ def _what(record: Record) -> Html:
     else:
         words = (
             "It is the command as it was typed, without paths: the configuration comes out as "
-            if record.names.get("typed")
+            if any(key in record.names for key in ("typed", "trained_by"))
             else "It makes the same choices. Single values that were set on the command line besides are not in it: "
             "the run's configuration must come out as "
         )
@@ -294,7 +294,9 @@ def command(record: Record) -> str | None:
     """
     names, config = record.names, record.config
     if names.get("typed"):
-        return " ".join(["python -m mi_at.evaluate", *(shlex.quote(str(word)) for word in names["typed"])])
+        return shlex.join(["python", "-m", "mi_at.evaluate", *map(str, names["typed"])])
+    if "trained_by" in names:
+        return shlex.join(["python", "-m", "mi_at.train", *map(str, names["trained_by"])])
     if "weights" in names or not all(names.get(group) for group in ("defense", "dataset", "model")):
         return None
     chosen = [(group, names[group]) for group in (*CHOICES, "evaluation") if names.get(group)]
