@@ -209,7 +209,8 @@ def test_smoke_narrows_what_would_take_minutes_unless_a_width_is_typed(compose: 
     def width(*overrides: str) -> float:
         return float(io.resolve(compose([*base, *overrides]))["model"]["width"])
 
-    assert (width(), width("budget=short"), width("budget=smoke")) == (1, 1, 0.125)
+    assert (width(), width("budget=short"), width("budget=smoke")) == (1, 1, 0.03125)
+    assert width("budget=smoke", "model=resnet18") == 0.125
     assert width("budget=smoke", "model.width=0.5") == 0.5
     surrogate = stages.surrogate_run(io.resolve(compose([*base, "budget=smoke"])))
     assert (surrogate["choices"]["model"], surrogate["model"]["width"]) == ("vgg19", 0.125)
