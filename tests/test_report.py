@@ -337,11 +337,7 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (search(place), "table=own", "defense=mart"): "defense= cannot be typed beside table=own",
         (search(place), "table=own", "defense.beta=1,2"): "only seed= may have several",
         (search(place), "table=own", "defense.bta=1"): "defense.bta",
-        (
-            search(place),
-            "table=own",
-            "table.rows=[]",
-        ): r"rows=\[\]: leave it out for all rows",
+        (search(place), "table=own", "table.rows=[]"): r"rows=\[\]: leave it out for all rows",
         (search(place), "table=own", "seed=one"): "seed=one: expected a whole number",
         (search(place), "table=own", "runs=nowhere"): "runs=nowhere: there is no such folder",
         (search(place), "table=own", "records=[runs,nowhere]"): r"records=\[runs,nowhere\]: there is no folder nowhere",
