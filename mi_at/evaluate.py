@@ -32,7 +32,6 @@ from mi_at.results import loggers
 from mi_at.results.measure import assess, measure
 from mi_at.results.page import PAGE, write_page
 from mi_at.results.records import (
-    NOT_HASHED,
     AttackRecord,
     Record,
     RecordError,
@@ -48,7 +47,7 @@ OF_THE_MACHINE = ("root", "placement", "download")
 """Options of a data set that say where it lies, not what it is."""
 FILE = "file"
 """The checkpoint rule of weights that were trained elsewhere."""
-NOT_TOLD = (*NOT_HASHED, "processes", "trainer", "again")
+NOT_TOLD = ("processes", "trainer", "again")
 """Options of the command that do not change a number."""
 BATCH = 250
 
@@ -71,7 +70,7 @@ def evaluate(cfg: DictConfig) -> None:
         stands_for = {"rule": FILE, "name": found.path.name, "weights": config["weights"]}
         origin = f"{found.path} (trained elsewhere)"
     config["choices"]["evaluation"] = name = str(choices["evaluation"])
-    config["choices"]["typed"] = typed_words(without=("processes", "trainer", "again"))
+    config["choices"]["typed"] = typed_words(without=NOT_TOLD)
     config, files = stages.identify_surrogate(config)
 
     settings = config["evaluation"]

@@ -159,8 +159,9 @@ class Table:
             keys = {key_of(override) for override in own}
             if "cell" in keys:
                 raise TableError(f"cell= is the table's own: table.rows=[...] says which cells of {self.name} run")
-            for seed in (value for key, _, value in (override.partition("=") for override in own) if key == "seed"):
-                if not seed.isdecimal():
+            for override in own:
+                key, _, seed = override.partition("=")
+                if key == "seed" and not seed.isdecimal():
                     raise TableError(f"seed={seed}: expected a whole number from 0, or several, such as seed=0,1,2")
             seeds = [own] if "seed" in keys else [[f"seed={seed}", *own] for seed in self.seeds]
             jobs += [self._job(cell, both, keys & set(groups)) for both in seeds for cell in self.cells.values()]
