@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io as streams
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ from mi_at.results.terminal import print_header, print_table
 
 OF_THE_MACHINE = ("root", "placement", "download")
 """Options of a data set that say where it lies, not what it is."""
+DATA_ROOT = "MI_AT_DATA"
+"""The environment variable that says where this machine keeps data sets (conf/dataset/)."""
 FILE = "file"
 """The checkpoint rule of weights that were trained elsewhere."""
 NOT_TOLD = ("processes", "trainer", "again")
@@ -176,12 +179,19 @@ def _config_of_run(cfg: DictConfig, served: io.Checkpoint) -> dict[str, Any]:
             )
     # The evaluation's values may refer to the data set (eps: ${dataset.eps}); the checkpoint says which it was.
     here = {key: cfg.dataset[key] for key in OF_THE_MACHINE if cfg.dataset[key] is not None}
+    if "root" not in here and DATA_ROOT in os.environ and _lies_elsewhere(trained["dataset"]):
+        here["root"] = os.environ[DATA_ROOT]
     whole = OmegaConf.merge(trained, {"evaluation": None, "dataset": here})
     whole.evaluation = cfg.evaluation
     config = io.plain(whole)
     config["evaluation"] = io.resolve_evaluation(config["evaluation"])
     config["choices"] = dict(trained["choices"])
     return config
+
+
+def _lies_elsewhere(dataset: Mapping[str, Any]) -> bool:
+    """Whether the data root of a training is not on this machine; pictures of one's own lie in no data root."""
+    return dataset["name"] != "folder" and not Path(dataset["root"]).expanduser().is_dir()
 
 
 def _config_of_weights(cfg: DictConfig, served: io.Weights) -> dict[str, Any]:

@@ -160,6 +160,24 @@ def test_output_and_data_from_elsewhere(trained: Path, tmp_path: Path) -> None:
     assert list(json.loads(path.read_text())["tags"]) == ["tags", "group"]
 
 
+@pytest.mark.realdata("mnist")
+def test_data_that_lie_elsewhere_on_this_machine(data_root: Path, tmp_path: Path) -> None:
+    """A checkpoint whose data root is not here finds its data by MI_AT_DATA; one whose root is here keeps it."""
+    there = tmp_path / "there"
+    there.symlink_to(data_root)
+    few = ("dataset=mnist", f"dataset.root={there}", "dataset.train_size=40", "evaluation=none", "run_dir=run")
+    done = command(tmp_path, *tiny(*few))
+    assert done.code == 0, done.err
+    options = ("checkpoint=run/best.ckpt", "evaluation=none", "evaluation.n=20")
+    kept = command(tmp_path, *options, module="mi_at.evaluate", MI_AT_DATA="nowhere")
+    assert kept.code == 0, kept.err
+    there.unlink()
+    lost = command(tmp_path, *options, module="mi_at.evaluate", MI_AT_DATA="nowhere")
+    assert "nowhere/MNIST/raw" in lost.err
+    found = command(tmp_path, *options, module="mi_at.evaluate", MI_AT_DATA=str(data_root))
+    assert found.code == 0, found.err
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(trained: Path, tmp_path: Path) -> None:
     """And ends with the record of one that nothing happened to."""
     options = ["checkpoint=best.ckpt", "evaluation=chosen", "evaluation/attacks=[pgd_100,cw_50x10]", "evaluation.n=120"]
