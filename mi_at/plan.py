@@ -32,11 +32,11 @@ from mi_at.attacks.inner import InnerMaximisation
 from mi_at.callbacks.adversarial_examples import AdversarialExamples
 from mi_at.defenses.base import Defense
 from mi_at.evaluation.outcomes import CLEAN
-from mi_at.results.evaluation_cost import evaluation_forwards
+from mi_at.results.evaluation_cost import evaluation_calls, evaluation_forwards
 from mi_at.results.measured import Found, find_records
 from mi_at.results.planning import FORMATS, GIB, OFFICIAL, Entry, Plan, Speed, Standing, flop, render, size_of, standing
 from mi_at.results.records import config_hash, hardware, run_key
-from mi_at.results.rehearsal import Make, Size, Training, count_forward, count_training, time_step
+from mi_at.results.rehearsal import Cost, Make, Size, Training, count_forward, count_training, time_step
 from mi_at.results.runs import CONFIG, NOT_TRAINING
 from mi_at.results.tables import Job, TableError
 
@@ -97,7 +97,7 @@ class _Estimate:
     def __init__(self, found: Sequence[Found]) -> None:
         self.found = found
         self.configs: dict[str, Config] = {}
-        self._counts: dict[str, tuple[Training | None, float]] = {}
+        self._counts: dict[str, tuple[Training | None, Cost]] = {}
         self._images: dict[str, tuple[int, int, int, str]] = {}
         self._trained: set[str] = set()
         self._validations: dict[Any, Any] = {}
@@ -125,7 +125,7 @@ class _Estimate:
             size = size_of(config, train, validation) if train else None
             self._counts[alike] = (
                 _count(config, size, self._validations) if size else None,
-                _evaluation(config, test) if test else 0.0,
+                _evaluation(config, test) if test else Cost(),
             )
         training, evaluation = self._counts[alike]
         training_hash = config_hash(config, without=NOT_TRAINING)
@@ -140,7 +140,8 @@ class _Estimate:
             epochs=training.size.epochs if training else int(config["optim"]["epochs"]),
             standing=at,
             training=training,
-            evaluation=evaluation,
+            evaluation=evaluation.total,
+            evaluation_calls=evaluation.calls,
             speed=None,
             data_bytes=images * int(data["channels"]) * int(data["image_size"]) ** 2,
             trains=trains,
@@ -236,16 +237,17 @@ def _count(config: Config, size: Size, validations: dict[Any, Any] | None = None
     return count_training(_make(config), size, bf16=bf16, validations=validations)
 
 
-def _evaluation(config: Config, test: int) -> float:
-    """FLOP of an evaluation at most; those of transfer attacks as if the surrogate were of the network's size."""
+def _evaluation(config: Config, test: int) -> Cost:
+    """Of an evaluation at most; that of transfer attacks as if the surrogate were of the network's size."""
     attacks = {name: attack.describe() for name, attack in io.build_attacks(config["evaluation"]).items()}
+    asked = {CLEAN: {"attack": CLEAN}, **attacks}, config["evaluation"]
     with torch.device("meta"):
         net = io.build_net(config["model"])
     size = size_of(config, 1, 0)
-    forwards = evaluation_forwards(
-        {CLEAN: {"attack": CLEAN}, **attacks}, config["evaluation"], images=test, num_classes=size.num_classes
-    )
-    return forwards * count_forward(net, size).total
+    forward = count_forward(net, size)
+    forwards = evaluation_forwards(*asked, images=test, num_classes=size.num_classes)
+    calls = evaluation_calls(*asked, images=test, num_classes=size.num_classes, forward=forward.calls)
+    return replace(forward * forwards, calls=calls)
 
 
 def _processes(config: Config, defense: Defense) -> int | None:
@@ -315,7 +317,8 @@ def _speed_of_run(found: Found) -> tuple[Config, Speed] | None:
     if not logged or not seconds:
         return None
     rate = count.step.total / size.batch * statistics.median(logged)
-    bound = _evaluation({**config, "evaluation": {**config["evaluation"], **stages.PLAIN_EVALUATION}}, rows[CLEAN].n)
+    plain = {**config, "evaluation": {**config["evaluation"], **stages.PLAIN_EVALUATION}}
+    bound = _evaluation(plain, rows[CLEAN].n).total
     how = f"{config['choices']['model']} at {rate / 1e9:.3g} GFLOP/s, by {found.path}"
     return config, Speed(rate, rate, bound / seconds, how)
 

@@ -115,6 +115,9 @@ def test_time_is_flop_by_speed(fresh: Plan) -> None:
     small, large = Cost(fp32=1e12, calls=1e6), Cost(fp32=1e18, calls=1e6)
     assert whole.hours(small) == pytest.approx(30 / 3600), "it waits for a million operations"
     assert whole.hours(large) == whole.hours(Cost(fp32=1e18)), "it computes meanwhile"
+    waiting = replace(first, speed=whole, evaluation=1e12, evaluation_calls=1e6)
+    assert waiting.evaluation_hours == pytest.approx(30 / 3600)
+    assert replace(waiting, evaluation_calls=1.0).evaluation_hours == pytest.approx(1e12 / (494e12 * 0.25) / 3600)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ left over. A gradient costs two forwards of the network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mi_at.evaluation.outcomes import CLEAN
@@ -20,6 +22,7 @@ PARTS = {
 }
 CHECKS = 14  # forwards that AutoAttack makes besides: is the network random, what is left to attack
 GRID = 100 + 4 * 20 + 20  # gradients of the audit beside its options': unbounded, four radii, FGSM and lesser ones
+OWN_CALLS = 33  # operations of a step beside the network's, counted in a PGD step
 ADAPTIVE = 2 * 50 * 2  # its two attacks on the defense, whose loss sees two views
 
 
@@ -96,18 +99,62 @@ def evaluation_forwards(
         >>> evaluation_forwards(attacks, {"n": None, "n_of": {"pgd_20": 10}}, images=100, num_classes=10)
         520.0
     """
-    n = min(int(evaluation.get("n") or images), images)
+    parts = _parts(attacks, evaluation, images, num_classes)
+    return float(sum(part.images * (2 * part.gradients + part.forwards) for part in parts))
+
+
+def evaluation_calls(
+    attacks: Mapping[str, Mapping[str, Any]],
+    evaluation: Mapping[str, Any],
+    *,
+    images: int,
+    num_classes: int,
+    forward: float,
+) -> float:
+    """Operations that an evaluation asks a device for, one after another: batch by batch, step by step.
+
+    Args:
+        attacks: what each says of itself, by name, "clean" among them.
+        evaluation: resolved: `batch_size` beside what `evaluation_forwards` reads.
+        images: of the test split.
+        num_classes: K.
+        forward: operations of one forward of the network.
+
+    Example:
+        >>> evaluation_calls({"clean": {"attack": "clean"}}, {"batch_size": 50}, images=100, num_classes=10, forward=7)
+        80.0
+    """
+    size = evaluation.get("batch_size")
     total = 0.0
+    for part in _parts(attacks, evaluation, images, num_classes):
+        batches = math.ceil(part.images / size) if isinstance(size, int) else 1
+        total += batches * (part.gradients * (2 * forward + OWN_CALLS) + part.forwards * (forward + OWN_CALLS))
+    return total
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of an evaluation: gradients and forwards for each of so many images."""
+
+    images: int
+    gradients: int
+    forwards: int
+
+
+def _parts(
+    attacks: Mapping[str, Mapping[str, Any]], evaluation: Mapping[str, Any], images: int, num_classes: int
+) -> list[_Part]:
+    n = min(int(evaluation.get("n") or images), images)
+    parts = []
     for name, description in attacks.items():
-        gradients, forwards = passes(description, num_classes)
         of_attack = min(int((evaluation.get("n_of") or {}).get(name) or n), n)
-        total += of_attack * (2 * gradients + forwards)
-    total += n * len(evaluation.get("information") or ())
+        parts.append(_Part(of_attack, *passes(description, num_classes)))
+    parts.append(_Part(n, 0, len(evaluation.get("information") or ())))
     if isinstance(robust := evaluation.get("robust_ncmi"), Mapping):
         rounds, steps = int(robust.get("rounds") or 5), int(robust.get("steps") or 20)
-        total += min(int(robust.get("n") or n), n) * rounds * (2 * steps + 2)
+        parts.append(_Part(min(int(robust.get("n") or n), n), rounds * steps, 2 * rounds))
     if isinstance(audit := evaluation.get("audit"), Mapping):
         steps, starts = int(audit.get("steps") or 50), int(audit.get("restarts") or 10)
         gradients = steps * (1 + 4 + starts) + GRID + ADAPTIVE
-        total += min(int(audit.get("n") or n), n) * (2 * gradients + int(audit.get("queries") or 1000) + steps)
-    return total
+        parts.append(_Part(min(int(audit.get("n") or n), n), gradients, int(audit.get("queries") or 1000) + steps))
+    return parts

@@ -115,6 +115,7 @@ class Entry:
         speed: of the device for it; None: not known.
         data_bytes: of the images, where they lie on the device.
         trains: False where an entry before it is the same training, evaluated in another way.
+        evaluation_calls: operations of the evaluation, which a GPU waits for when they are small; at most.
     """
 
     cell: str
@@ -127,6 +128,7 @@ class Entry:
     speed: Speed | None
     data_bytes: int = 0
     trains: bool = True
+    evaluation_calls: float = 0.0
 
     @property
     def share_to_train(self) -> float:
@@ -143,7 +145,9 @@ class Entry:
     @property
     def evaluation_hours(self) -> float | None:
         """At most."""
-        return self.evaluation / self.speed.evaluation / 3600 if self.speed else None
+        if self.speed is None:
+            return None
+        return max(self.evaluation / self.speed.evaluation, self.evaluation_calls * self.speed.launch) / 3600
 
     @property
     def to_do(self) -> float:

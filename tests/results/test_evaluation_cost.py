@@ -13,7 +13,7 @@ from mi_at.attacks.fgsm import FGSM
 from mi_at.attacks.ni_fgsm import NIFGSM
 from mi_at.attacks.pgd import PGD
 from mi_at.models.cnn import CNNTiny
-from mi_at.results.evaluation_cost import evaluation_forwards, passes
+from mi_at.results.evaluation_cost import OWN_CALLS, evaluation_calls, evaluation_forwards, passes
 from mi_at.results.flop import FlopCount
 
 IMAGES = 4
@@ -65,3 +65,31 @@ def test_every_image_of_every_attack() -> None:
         attacks, {**evaluation, "audit": {"n": 200, "steps": 50}}, images=1000, num_classes=10
     )
     assert audited > whole + 200 * 2 * 50 * 15
+
+
+def test_operations_are_asked_for_batch_by_batch() -> None:
+    attacks = {"clean": {"attack": "clean"}, "pgd": {"attack": "pgd", "steps": 20}}
+    of_a_batch = (7 + OWN_CALLS) + 20 * (14 + OWN_CALLS) + 2 * (7 + OWN_CALLS)
+
+    def calls(**evaluation: Any) -> float:
+        whole = {"n": None, "n_of": {}, "batch_size": 300, **evaluation}
+        return evaluation_calls(attacks, whole, images=1000, num_classes=10, forward=7)
+
+    assert calls() == 4 * of_a_batch
+    assert calls(batch_size="auto") == of_a_batch
+    assert calls(n=301) == 2 * of_a_batch
+
+
+def test_a_step_asks_for_about_as_much_as_is_planned() -> None:
+    """Of the network's operations and its own, counted in PGD on a small network."""
+    torch.manual_seed(0)
+    net, x = CNNTiny(num_classes=10, in_channels=1, image_size=8).eval(), torch.rand(IMAGES, 1, 8, 8)
+    with torch.no_grad(), FlopCount() as one:
+        y = net(x).argmax(dim=1)
+    counted = []
+    for steps in (2, 12):
+        with FlopCount() as count:
+            PGD(eps=1e-6, step_size=1e-7, steps=steps)(net, x, y, ids=torch.arange(IMAGES), seed=0)
+        counted.append(count.calls)
+    of_a_step = (counted[1] - counted[0]) / 10
+    assert 0.7 < of_a_step / (2 * one.calls + OWN_CALLS) < 1.4
