@@ -163,7 +163,8 @@ def _row(a: Side, b: Side, attack: AttackRecord) -> Row:
 def _gap(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Difference:
     """Of several seeds over the seeds, of one over its images."""
     if len(a) > 1:
-        return paired_over_seeds(*([outcome.mean() for outcome in side] for side in (a, b)))
+        fewest = min(map(len, a))
+        return paired_over_seeds(*([outcome.mean() for outcome in side] for side in (a, b)), n=fewest)
     return paired_over_images(a[0], b[0])
 
 

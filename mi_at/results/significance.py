@@ -15,7 +15,7 @@ from mi_at.results.statistics import Difference, holm, paired_over_seeds
 from mi_at.results.tables import Cell, Table
 
 Key = tuple[str, str, str, str]
-BASE = "standard_at"
+BASE, CONTROL = "standard_at", "_without"
 ALIKE = ("dataset", "model", "evaluation", "select")
 PRINTED_ALIKE = ("dataset", "extra_data", "model", "checkpoint", "train_norm", "threat", "surrogate")
 
@@ -43,9 +43,10 @@ class Against:
 
 
 def baseline_of(table: Table, name: str) -> str | None:
-    """The cell that another is compared with: the same without its regularizer, else standard adversarial training.
+    """The cell that another is compared with: its control, by name <cell>_without, where the table has one.
 
-    Both must be of the same data, network, evaluation and checkpoint; where several are, none is it.
+    Else the same without its regularizer, else standard adversarial training, of the same data, network, evaluation and
+    checkpoint; of several the one with the fewest changes, and where several have as few, none.
 
     Args:
         table: with both.
@@ -59,6 +60,8 @@ def baseline_of(table: Table, name: str) -> str | None:
         >>> [baseline_of(table, name) for name in cells]
         [None, 'at', 't']
     """
+    if name + CONTROL in table.cells:
+        return name + CONTROL
     cell = table.cells[name]
     others = [other for other in table.cells.values() if other.name != name and _setting(other) == _setting(cell)]
     bare = [other for other in others if chosen(other, "regularizer", {}) == "none"]
@@ -66,8 +69,10 @@ def baseline_of(table: Table, name: str) -> str | None:
     wanted = defense if added != "none" else BASE
     if added == "none" and defense == BASE:
         return None
-    found = [other.name for other in bare if chosen(other, "defense", {}) == wanted]
-    return found[0] if len(found) == 1 else None
+    found = [other for other in bare if chosen(other, "defense", {}) == wanted]
+    fewest = min((len(other.overrides) for other in found), default=0)
+    plain = [other.name for other in found if len(other.overrides) == fewest]
+    return plain[0] if len(plain) == 1 else None
 
 
 def _setting(cell: Cell) -> tuple[Any, ...]:
@@ -99,9 +104,9 @@ def against(filled: Filled) -> dict[Key, Against]:
 
 def _gap(line: Line, base: Line) -> Difference | None:
     seeds = sorted(line.values.keys() & base.values.keys())
-    if len(seeds) < 2 or line.n != base.n:
+    if len(seeds) < 2 or line.n is None or line.n != base.n:
         return None
-    return paired_over_seeds(*([side.values[seed] / 100 for seed in seeds] for side in (base, line)))
+    return paired_over_seeds(*([side.values[seed] / 100 for seed in seeds] for side in (base, line)), n=line.n)
 
 
 def _adjusted(found: Mapping[Key, tuple[str, Difference]], lines: Mapping[Key, Line]) -> dict[Key, Against]:

@@ -86,27 +86,36 @@ def paired_over_images(a: np.ndarray, b: np.ndarray) -> Difference:
     return Difference((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), p, n)
 
 
-def paired_over_seeds(a: Sequence[float], b: Sequence[float]) -> Difference:
+def paired_over_seeds(a: Sequence[float], b: Sequence[float], *, n: int) -> Difference:
     """The mean difference of runs with the same seeds, with Student's t interval.
+
+    Accuracies are whole images of n: gaps of a few runs that happen to be equal would leave an interval of no width, so
+    their variance is taken to be that of rounding two counts at least, 1/12 each.
 
     Args:
         a: accuracies of the first, a run each.
         b: of the second, in the order of the same seeds.
+        n: images that each accuracy is taken over.
 
     Raises:
-        ValueError: different numbers of runs, or fewer than 2.
+        ValueError: different numbers of runs, fewer than 2, or no images.
 
     Example:
-        >>> d = paired_over_seeds([0.50, 0.51, 0.49], [0.53, 0.54, 0.52])
+        >>> d = paired_over_seeds([0.50, 0.51, 0.49], [0.53, 0.54, 0.52], n=1000)
         >>> round(d.value, 3), d.clear
         (0.03, True)
+        >>> paired_over_seeds([0.50, 0.51, 0.49], [0.51, 0.52, 0.50], n=100).clear  # an image more, each time
+        False
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"{len(a)} and {len(b)} runs: expected the same seeds, 2 or more")
+    if n < 1:
+        raise ValueError(f"n={n}: expected the number of images, 1 or more")
     gaps = np.asarray(b, float) - np.asarray(a, float)
-    mean, half = mean_interval(gaps)
-    same_in_every_run = 0.0 if mean else 1.0
-    p = float(stats.ttest_1samp(gaps, 0.0).pvalue) if half else same_in_every_run
+    free, mean = len(gaps) - 1, float(gaps.mean())
+    error = max(float(gaps.std(ddof=1)), math.sqrt(1 / 6) / n) / math.sqrt(len(gaps))
+    half = float(stats.t.ppf(0.975, free)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, free))
     return Difference(mean, mean - half, mean + half, p, len(gaps))
 
 

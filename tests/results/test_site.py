@@ -192,7 +192,7 @@ def test_pages_need_nothing_and_name_no_folder_of_this_machine(made: Made) -> No
 def line(cell: str, values: dict[int, float], **changes: Any) -> Line:
     parts: dict[str, Any] = {"row": cell, "dataset": "digits", "model": "cnn_tiny", "column": "fgsm", "attack": "fgsm"}
     return Line(
-        cell=cell, **{**parts, "reported": None, "values": values, "n": 40, "flags": (), "audit": None, **changes}
+        cell=cell, **{**parts, "reported": None, "values": values, "n": 4000, "flags": (), "audit": None, **changes}
     )
 
 
@@ -229,6 +229,15 @@ def test_a_regularizer_is_compared_with_what_it_was_added_to() -> None:
     assert {key[0]: each.baseline for key, each in found.items()} == {"t": "a", "tn": "t"}
     apart = against(filled(*lines, a=AT, t=(*TRADES, "dataset=mnist"), tn=NCMI))
     assert apart == {}, "of other data"
+
+
+def test_a_control_is_the_baseline_and_of_several_the_plainest() -> None:
+    twice, control = (*AT, "optim.epochs=24"), ("defense=mart", "defense.beta=0")
+    lines = [line(cell, {0: 50.0, 1: 51.0}) for cell in ("a", "twice", "t", "m", "m_without")]
+    found = against(filled(*lines, a=AT, twice=twice, t=TRADES, m=("defense=mart",), m_without=control))
+    assert {key[0]: each.baseline for key, each in found.items()} == {"t": "a", "m": "m_without", "m_without": "a"}
+    unsure = against(filled(*lines, a=(*AT, "optim.lr=1"), twice=twice, t=TRADES, m=control, m_without=control))
+    assert {key[0] for key in unsure} == {"m"}, "two are as plain"
 
 
 def test_a_difference_stands_in_every_format() -> None:

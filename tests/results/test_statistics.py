@@ -60,16 +60,22 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_seeds_are_a_paired_t_test() -> None:
     a, b = [0.50, 0.52, 0.49, 0.55], [0.53, 0.54, 0.50, 0.60]
-    found = paired_over_seeds(a, b)
+    found = paired_over_seeds(a, b, n=100)
     expected = stats.ttest_rel(b, a)
     low, high = expected.confidence_interval(0.95)
     assert found.value == pytest.approx(np.mean(b) - np.mean(a))
     assert (found.low, found.high, found.p) == pytest.approx((low, high, expected.pvalue))
 
 
-def test_equal_gaps_are_certain() -> None:
-    assert paired_over_seeds([0.5, 0.6], [0.5, 0.6]).p == 1
-    assert not paired_over_seeds([0.5, 0.6], [0.5, 0.6]).clear
+def test_equal_gaps_are_known_no_better_than_whole_images_tell() -> None:
+    assert paired_over_seeds([0.5, 0.6], [0.5, 0.6], n=10).p == 1
+    assert not paired_over_seeds([0.5, 0.6], [0.5, 0.6], n=10).clear
+    runs = [0.5, 0.6, 0.7], [0.51, 0.61, 0.71]
+    an_image, many = paired_over_seeds(*runs, n=100), paired_over_seeds(*runs, n=10_000)
+    assert not an_image.clear
+    assert (an_image.p or 0) > 0.05
+    assert many.clear
+    assert an_image.high - an_image.value == pytest.approx(stats.t.ppf(0.975, 2) * 0.01 * (1 / 6 / 3) ** 0.5)
     assert mean_interval([0.5]) == (0.5, 0.0)
 
 
@@ -89,8 +95,9 @@ def test_holm_by_hand_and_its_order() -> None:
     [
         (lambda: paired_over_images(np.ones(3, bool), np.ones(4, bool)), r"\(3,\) and \(4,\)"),
         (lambda: paired_over_images(np.ones(0, bool), np.ones(0, bool)), "expected two of the same images"),
-        (lambda: paired_over_seeds([0.1], [0.2]), "1 and 1 runs: expected the same seeds, 2 or more"),
-        (lambda: paired_over_seeds([0.1, 0.2], [0.2]), "2 and 1 runs"),
+        (lambda: paired_over_seeds([0.1], [0.2], n=9), "1 and 1 runs: expected the same seeds, 2 or more"),
+        (lambda: paired_over_seeds([0.1, 0.2], [0.2], n=9), "2 and 1 runs"),
+        (lambda: paired_over_seeds([0.1, 0.2], [0.2, 0.3], n=0), "n=0: expected the number of images"),
         (lambda: mean_interval([]), "no runs"),
     ],
 )
