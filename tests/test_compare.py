@@ -1,5 +1,6 @@
 """python -m mi_at.compare: two runs or sets of seeds, and what may not be compared."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,17 @@ def run(folder: Path, *, seed: int = 0, eps: float = 0.02, less: int = 0, **opti
 
 
 def test_two_measured_networks(capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(MNIST / "standard_at"), str(MNIST / "mimae")])
+    main([str(MNIST / "standard_at/seed0"), str(MNIST / "mimae/seed0")])
     printed = capsys.readouterr().out
     assert "A: standard_at-mnist-cnn4" in printed
     assert "defense.lambda_mi" in printed
     assert "not that the methods do" in printed
     for part in ("evaluation, hours", "training, hours", "share of the loss", "at matched clean accuracy"):
         assert part in printed
-    rows, apart = compare(read_side(MNIST / "standard_at"), read_side(MNIST / "mimae"))
+    rows, apart = compare(read_side(MNIST / "standard_at/seed0"), read_side(MNIST / "mimae/seed0"))
     assert apart == []
     pgd = next(row for row in rows if row.name == "pgd_20")
-    outcomes = [read_outcomes(MNIST / name / "record.npz") for name in ("standard_at", "mimae")]
+    outcomes = [read_outcomes(MNIST / name / "seed0/record.npz") for name in ("standard_at", "mimae")]
     right = [found["pgd_20.prediction"] == found["label"] for found in outcomes]
     assert (pgd.a, pgd.b) == pytest.approx([share.mean() for share in right])
     assert pgd.difference.value == pytest.approx(right[1].mean() - right[0].mean())
@@ -52,7 +53,7 @@ def test_two_measured_networks(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_network_with_itself_has_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(MNIST / "mart"), str(MNIST / "mart"), "--markdown"])
+    main([str(MNIST / "mart/seed0"), str(MNIST / "mart/seed0"), "--markdown"])
     printed = capsys.readouterr().out
     assert "| pgd_20 | 10000 |" in printed
     assert "is better" not in printed
@@ -155,8 +156,10 @@ def test_seeds_must_be_the_same(tmp_path: Path) -> None:
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: .*no record.json there"):
         main([str(tmp_path), str(MNIST / "ce")])
+    for method in ("ce", "mart"):
+        shutil.copytree(MNIST / method / "seed0", tmp_path / "several" / method)
     with pytest.raises(SystemExit, match=r"error: .*holds several configurations"):
-        main([str(MNIST), str(MNIST / "ce")])
+        main([str(tmp_path / "several"), str(MNIST / "ce")])
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(SystemExit, match=r"error: .*not a whole record"):
         main([str(tmp_path), str(MNIST / "ce")])

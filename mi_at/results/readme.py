@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +27,8 @@ HEAD_TO_HEAD = {
     "adaptive": "its own loss",
     "worst": "worst of all",
 }
-TABLE_8_CELLS = ("standard_at", "trades", "mart", "mimae")
-# Columns of MIMAE-AT's Table 8, the name of our attack as printed, and of the honest one beside it.
+TABLE_8_CELLS = {method: method for method in ("standard_at", "trades", "mart", "mimae")}
+# Rows of MIMAE-AT's Table 8 by title, attack in print and ours; then the attacks that cross the ball.
 TABLE_8 = (
     ("Natural", "clean", "clean"),
     ("FGSM", "fgsm", "fgsm_as_printed"),
@@ -38,6 +38,14 @@ TABLE_8 = (
     ("PGD-l2", "pgd_l2", "pgd_l2"),
     ("FGSM, one step of 0.3", "", "fgsm"),
     ("PGD-40, step 0.01", "", "pgd_40_honest"),
+)
+TABLE_4_CELLS = {f"mnist_{method}": method for method in ("standard_at", "trades", "mma", "mart", "shared_info")}
+TABLE_4 = (
+    ("Clean", "clean", "clean"),
+    ("PGD-20", "pgd20", "pgd_20"),
+    ("PGD-40", "pgd40", "pgd_40"),
+    ("C&W l2", "cw_l2", "cw_l2"),
+    ("AutoAttack", "autoattack", "autoattack"),
 )
 
 
@@ -54,7 +62,7 @@ def render(text: str, root: Path = ROOT) -> str:
     Raises:
         ValueError: a marker names a table there is no maker for.
     """
-    makers = {"head_to_head_mnist": head_to_head, "mimae_t8": mimae_table_8}
+    makers = {"head_to_head_mnist": head_to_head, "mimae_t8": mimae_table_8, "shared_info_t4": shared_info_table_4}
 
     def made_anew(match: re.Match[str]) -> str:
         name = match[1]
@@ -76,23 +84,37 @@ def head_to_head(root: Path) -> str:
 
 def mimae_table_8(root: Path) -> str:
     """MIMAE-AT's Table 8: what it printed / what our short run of its recipe measured, a column per method."""
-    records = _records(root / "results/measured/mimae_t8_short", TABLE_8_CELLS)
-    with (root / "results/reported/mimae.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["table"] == "8"]
-    reported = {(row["defense"], row["attack"]): row["value"] for row in rows}
-    cells = [record.key for record in records]
+    return _printed_beside_measured(root, "mimae_t8_short", TABLE_8, TABLE_8_CELLS, _printed(root, "mimae", "8"))
+
+
+def shared_info_table_4(root: Path) -> str:
+    """Shared Information's Table 4, its MNIST half, in the same way."""
+    printed = _printed(root, "shared_info", "4", dataset="mnist")
+    return _printed_beside_measured(root, "shared_info_t4_short", TABLE_4, TABLE_4_CELLS, printed)
+
+
+def _printed_beside_measured(
+    root: Path,
+    folder: str,
+    attacks: Sequence[tuple[str, str, str]],
+    cells: Mapping[str, str],
+    printed: Mapping[tuple[str, str], str],
+) -> str:
+    """A row for each attack, a column for each method."""
+    records = _records(root / "results/measured" / folder, [*cells])
+    methods = [cells[record.key] for record in records]
     lines = [
-        markdown_row(["attack", "step", "steps", *cells, "n", "flags"]),
-        markdown_row(["---", *["---:"] * (3 + len(cells)), "---"]),
+        markdown_row(["attack", "step", "steps", *methods, "n", "flags"]),
+        markdown_row(["---", *["---:"] * (3 + len(methods)), "---"]),
     ]
-    for title, paper, name in TABLE_8:
+    for title, paper, name in attacks:
         found = [record[name] for record in records]
         one, flags = found[0], {flag: None for row in found for flag in row.flags}
         if len({(row.n, row.step_size, row.steps) for row in found}) > 1:
-            raise ValueError(f"mimae_t8: {name} of its records differs in n, step or steps, but a row holds one attack")
+            raise ValueError(f"{folder}: {name} of its records differs in n, step or steps, but a row holds one attack")
         pairs = [
-            f"{reported.get((cell, paper), NOT_RUN)} / {format_accuracy(row.correct, row.n)}"
-            for cell, row in zip(cells, found, strict=True)
+            f"{printed.get((method, paper), NOT_RUN)} / {format_accuracy(row.correct, row.n)}"
+            for method, row in zip(methods, found, strict=True)
         ]
         step = NOT_RUN if one.step_size is None else format_eps(one.step_size)
         steps = NOT_RUN if one.steps is None else str(one.steps)
@@ -100,10 +122,17 @@ def mimae_table_8(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _printed(root: Path, paper: str, table: str, *, dataset: str | None = None) -> dict[tuple[str, str], str]:
+    """The numbers of a paper's table by defense and attack."""
+    with (root / f"results/reported/{paper}.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] == table and dataset in (None, row["dataset"])]
+    return {(row["defense"], row["attack"]): row["value"] for row in rows}
+
+
 def _records(folder: Path, cells: Sequence[str]) -> list[Record]:
-    """The records of a table's cells, a folder each, in its order and under its names."""
-    found = {path.parent.name: read_record(path) for path in folder.glob("*/record.json")}
-    return [replace(found[cell], key=cell) for cell in cells if cell in found]
+    """The records of a table's cells, a folder each with one for every seed, in its order and under its names."""
+    found = {cell: sorted((folder / cell).glob("seed*/record.json")) for cell in cells}
+    return [replace(read_record(path), key=cell) for cell, paths in found.items() for path in paths]
 
 
 def _with_union(record: Record) -> Record:

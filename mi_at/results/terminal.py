@@ -99,10 +99,11 @@ def table_row(row: AttackRecord) -> tuple[str, ...]:
 
 
 def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[str, str], *, first: str = "run") -> str:
-    """Records as a Markdown table: a row per record, a column per attack.
+    """Records as a Markdown table: a row per key, a column per attack.
 
     The heading of a column names eps and n, which must be the same in all rows: a table never mixes them. Where a
     record was audited, the last column holds the verdicts. A flag of every number of a row stands behind its name.
+    Records of one key are seeds of one row, whose places hold a number for each, in their order and without intervals.
 
     Args:
         records: the rows.
@@ -119,20 +120,23 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
     for what in ("split", "budget"):
         if len(found := {str(getattr(record, what)) for record in records}) > 1:
             raise ValueError(f"a table never mixes values of {what}, found {', '.join(sorted(found))}")
-    cells = {name: [_find(record, name) for record in records] for name in headings}
+    keys: dict[str, list[Record]] = {}
+    for record in records:
+        keys.setdefault(record.key, []).append(record)
     audited = any(record.audit for record in records)
-    titles = [first, *(_column_title(heading, name, cells[name]) for name, heading in headings.items())]
+    titles = [
+        _column_title(heading, name, [_find(each, name) for each in records]) for name, heading in headings.items()
+    ]
     lines = [
-        markdown_row([*titles, *(["audit"] if audited else [])]),
+        markdown_row([first, *titles, *(["audit"] if audited else [])]),
         markdown_row(["---", *("---:" for _ in headings), *(["---"] if audited else [])]),
     ]
-    for place, record in enumerate(records):
-        verdict = [str(record.audit.get("verdict", NOT_RUN))] if audited else []
-        rows = [cells[name][place] for name in headings]
-        flags = [set(row.flags) for row in rows if row is not None]
-        of_all = set.intersection(*flags) if len(flags) > 1 else set()
-        key = f"`{record.key}`" + "".join(f" ({flag})" for flag in sorted(of_all))
-        lines.append(markdown_row([key, *(_cell(row, of_all) for row in rows), *verdict]))
+    for key, seeds in keys.items():
+        said = [_flags_of_all([_find(each, name) for name in headings]) for each in seeds]
+        behind = [f" ({flag}{_of_seeds(flag, said, seeds)})" for flag in sorted(set().union(*said))]
+        cells = [_cell([_find(each, name) for each in seeds], said, bare=len(keys) < len(records)) for name in headings]
+        verdicts = [" ".join(str(each.audit.get("verdict", NOT_RUN)) for each in seeds)] if audited else []
+        lines.append(markdown_row([f"`{key}`" + "".join(behind), *cells, *verdicts]))
     return "\n".join(lines) + "\n"
 
 
@@ -193,11 +197,31 @@ def _find(record: Record, name: str) -> AttackRecord | None:
     return next((row for row in record.attacks if row.name == name), None)
 
 
-def _cell(row: AttackRecord | None, said: Set[str]) -> str:
-    """A number and its flags but those that are said already."""
+def _flags_of_all(rows: Sequence[AttackRecord | None]) -> set[str]:
+    """What every number of a record is flagged with."""
+    flags = [set(row.flags) for row in rows if row is not None]
+    return set.intersection(*flags) if len(flags) > 1 else set()
+
+
+def _of_seeds(flag: str, said: Sequence[Set[str]], seeds: Sequence[Record]) -> str:
+    """Which of a row's seeds have a flag, unless all have it."""
+    having = [str(record.seed) for record, flags in zip(seeds, said, strict=True) if flag in flags]
+    return "" if len(having) == len(seeds) else f": seed {', '.join(having)}"
+
+
+def _cell(rows: Sequence[AttackRecord | None], said: Sequence[Set[str]], *, bare: bool) -> str:
+    """Numbers, one a seed, and their flags but those that are said already; bare: without intervals."""
+    flags = {
+        flag: None for row, known in zip(rows, said, strict=True) if row for flag in row.flags if flag not in known
+    }
+    return " ".join(_number(row, bare=bare) for row in rows) + "".join(f" ({flag})" for flag in flags)
+
+
+def _number(row: AttackRecord | None, *, bare: bool) -> str:
     if row is None:
         return NOT_RUN
-    return format_accuracy(row.correct, row.n) + "".join(f" ({flag})" for flag in row.flags if flag not in said)
+    text = format_accuracy(row.correct, row.n)
+    return text.partition(" ")[0] if bare else text
 
 
 def _column_title(heading: str, name: str, rows: Sequence[AttackRecord | None]) -> str:

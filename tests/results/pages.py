@@ -15,7 +15,7 @@ from mi_at.results.records import Record, make_record, read_outcomes, write_outc
 from tests.evaluation.nets import images, loader, predicted, small_conv
 from tests.results.makers import NAMES, config
 
-MEASURED = sorted((Path(__file__).resolve().parents[2] / "results/measured").glob("*/*/record.json"))
+MEASURED = sorted((Path(__file__).resolve().parents[2] / "results/measured").glob("*/*/seed0/record.json"))
 
 TERMS = {
     "share/ce": {"min": 0.25, "mean": 0.5, "max": 1.0},

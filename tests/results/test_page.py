@@ -101,7 +101,7 @@ def test_every_page_is_whole_asks_nothing_and_can_be_read_by_all(kind: str, fold
     assert "None" not in tree.text.split()
 
 
-@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.parent.name)
 def test_measured_records_have_a_page_that_says_what_they_lack(path: Path, tmp_path: Path) -> None:
     text = written(tmp_path / "page.html", [path])
     record = read_record(path)
@@ -274,7 +274,9 @@ def test_the_row_to_quote(tmp_path: Path) -> None:
     assert page_data.strongest(replace(alone, attacks=alone.attacks[:1])) is None
     assert page_data.strongest(alone, least=61) is None
     assert page_data.for_counts(alone) == alone["fgsm"]
-    measured = read_record(next(path for path in MEASURED if path.parent.name == "mimae" and "head" in str(path)))
+    measured = read_record(
+        next(path for path in MEASURED if path.parent.parent.name == "mimae" and "head" in str(path))
+    )
     counted, quoted = page_data.for_counts(measured), page_data.strongest(measured)
     assert counted is not None
     assert quoted is not None
@@ -497,7 +499,7 @@ def test_what_is_not_alike_is_said_first(folder: Path, tmp_path: Path) -> None:
 
 
 def test_short_names_tell_records_apart() -> None:
-    found = {path.parent.name: read_record(path) for path in MEASURED if "head_to_head" in str(path)}
+    found = {path.parent.parent.name: read_record(path) for path in MEASURED if "head_to_head" in str(path)}
     methods = ["ce", "standard_at", "trades", "mart", "mimae", "shared_info", "namid", "ib_rar", "ncmi"]
     records = [found[method] for method in methods]
     assert page_data.short_names(records) == methods

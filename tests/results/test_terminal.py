@@ -164,6 +164,17 @@ def test_markdown_says_once_what_every_number_of_a_row_carries() -> None:
     assert line.count("softmax") == 1
 
 
+def test_markdown_of_several_seeds() -> None:
+    """A row holds a number a seed, without intervals, and says which seed a flag of all its numbers is of."""
+    first, second = replace(record(seed=0), key="mine"), replace(record(seed=1), key="mine")
+    rows = [replace(row, flags=("no_gradient", *row.flags), correct=row.correct // 2) for row in second.attacks]
+    second = replace(second, attacks=tuple(rows), audit={"verdict": "fail"})
+    other = replace(record(), key="other")
+    lines = markdown_table([first, second, other], ["clean", "pgd_20", "autoattack"]).splitlines()[2:]
+    assert lines[0] == "| `mine` (no_gradient: seed 1) | 80.0 40.0 | 80.0 40.0 (reach) | - - | - fail |"
+    assert lines[1].startswith("| `other` | 80.0 |")
+
+
 def test_markdown_never_mixes() -> None:
     base = record()
     with pytest.raises(ValueError, match=r"column fgsm: a table never mixes eps, n"):
