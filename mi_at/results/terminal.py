@@ -99,11 +99,11 @@ def table_row(row: AttackRecord) -> tuple[str, ...]:
 
 
 def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[str, str], *, first: str = "run") -> str:
-    """Records as a Markdown table: a row per key, a column per attack.
+    """Records as a Markdown table: a row per key and its seeds, a column per attack.
 
     The heading of a column names eps and n, which must be the same in all rows: a table never mixes them. Where a
     record was audited, the last column holds the verdicts. A flag of every number of a row stands behind its name.
-    Records of one key are seeds of one row, whose places hold a number for each, in their order and without intervals.
+    Records of one key and other seeds share a row, whose places hold a number for each, in order and without intervals.
 
     Args:
         records: the rows.
@@ -120,9 +120,13 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
     for what in ("split", "budget"):
         if len(found := {str(getattr(record, what)) for record in records}) > 1:
             raise ValueError(f"a table never mixes values of {what}, found {', '.join(sorted(found))}")
-    keys: dict[str, list[Record]] = {}
+    rows: list[list[Record]] = []
     for record in records:
-        keys.setdefault(record.key, []).append(record)
+        seeds = next((row for row in rows if row[0].key == record.key and record.seed not in _seeds(row)), None)
+        if seeds is None:
+            rows.append([record])
+        else:
+            seeds.append(record)
     audited = any(record.audit for record in records)
     titles = [
         _column_title(heading, name, [_find(each, name) for each in records]) for name, heading in headings.items()
@@ -131,12 +135,12 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
         markdown_row([first, *titles, *(["audit"] if audited else [])]),
         markdown_row(["---", *("---:" for _ in headings), *(["---"] if audited else [])]),
     ]
-    for key, seeds in keys.items():
+    for seeds in rows:
         said = [_flags_of_all([_find(each, name) for name in headings]) for each in seeds]
         behind = [f" ({flag}{_of_seeds(flag, said, seeds)})" for flag in sorted(set().union(*said))]
-        cells = [_cell([_find(each, name) for each in seeds], said, bare=len(keys) < len(records)) for name in headings]
+        cells = [_cell([_find(each, name) for each in seeds], said, bare=len(rows) < len(records)) for name in headings]
         verdicts = [" ".join(str(each.audit.get("verdict", NOT_RUN)) for each in seeds)] if audited else []
-        lines.append(markdown_row([f"`{key}`" + "".join(behind), *cells, *verdicts]))
+        lines.append(markdown_row([f"`{seeds[0].key}`" + "".join(behind), *cells, *verdicts]))
     return "\n".join(lines) + "\n"
 
 
@@ -195,6 +199,10 @@ def _sentence(text: str) -> str:
 
 def _find(record: Record, name: str) -> AttackRecord | None:
     return next((row for row in record.attacks if row.name == name), None)
+
+
+def _seeds(records: Sequence[Record]) -> list[int]:
+    return [record.seed for record in records]
 
 
 def _flags_of_all(rows: Sequence[AttackRecord | None]) -> set[str]:
