@@ -131,7 +131,7 @@ def conditional_mutual_information(probs: Tensor, labels: Tensor, num_classes: i
         num_classes: C.
 
     Returns:
-        Scalar in [0, ln D] nats.
+        Scalar in [0, ln D] nats, but for rounding (float32: down to -1e-6).
 
     Raises:
         ValueError: `probs` is no [B, D] matrix of probabilities with a label per row.
