@@ -25,14 +25,14 @@ Item = TypeVar("Item")
 
 
 def split_arguments(
-    given: Sequence[str], own: Mapping[str, str], *, measured: Path = MEASURED
+    given: Sequence[str], own: Mapping[str, str], *, measured: Path | None = None
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """What a command line says to the command itself, and what to Hydra.
 
     Args:
         given: "key=value" each.
         own: the command's own options and their defaults, `records` among them: other folders of records.
-        measured: searched beside the folder of the runs where none is typed.
+        measured: searched beside the folder of the runs where none is typed, if any.
 
     Returns:
         The own options, the overrides, and the folders that hold records.
@@ -55,7 +55,7 @@ def split_arguments(
     folders = [part.strip() for part in options["records"].strip("[]").split(",") if part.strip()]
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"records={options['records']}: there is no folder {missing[0]}")
-    return options, overrides, folders or [runs, str(measured)]
+    return options, overrides, folders or [runs, *([] if measured is None else [str(measured)])]
 
 
 def typed_words(without: Sequence[str] = ()) -> list[str]:

@@ -121,9 +121,10 @@ def check_table(config: Mapping[str, Any]) -> None:
         name = config["table"]["name"]
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise ValueError(f"table={name} beside others: a command runs one table; give a command for each")
+        typed = " ".join(HydraConfig.get().overrides.task)
         raise ValueError(
-            f"table={name} is {len(cells)} runs ({', '.join(cells)}): give -m too, python -m mi_at.train -m "
-            f"table={name}, with table.rows=[{next(iter(cells))}] for one of them"
+            f"table={name} is {len(cells)} runs ({', '.join(cells)}): give -m too, python -m mi_at.train -m {typed}, "
+            f"with table.rows=[{next(iter(cells))}] for one of them"
         )
 
 

@@ -123,16 +123,24 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], markdown: boo
     return columns([headings, *rows])
 
 
+def _seed(word: str) -> int:
+    if not word.strip().isdecimal():
+        raise ValueError(f"--seeds {word}: expected whole numbers with commas between them, such as 0,1")
+    return int(word)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mi_at.compare", description=__doc__)
     place = "a record.json, a run folder, or a folder of run folders that differ in their seed"
     parser.add_argument("a", metavar="A", help=place)
     parser.add_argument("b", metavar="B", help=place)
+    parser.add_argument("--seeds", metavar="0,1", help="of the runs in the folders; all, unless some are asked for")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     given = parser.parse_args(arguments)
     try:
-        print(report(read_side(given.a), read_side(given.b), markdown=given.markdown), end="")
+        seeds = None if given.seeds is None else [_seed(word) for word in given.seeds.split(",")]
+        print(report(read_side(given.a, seeds), read_side(given.b, seeds), markdown=given.markdown), end="")
     except (ComparisonError, RecordError, ValueError) as error:
         sys.exit(f"error: {error}")
 

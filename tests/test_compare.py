@@ -153,6 +153,22 @@ def test_seeds_must_be_the_same(tmp_path: Path) -> None:
         compare(a, b)
 
 
+def test_seeds_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1, 2):
+        run(tmp_path / "a" / f"s{seed}", seed=seed)
+        if seed < 2:
+            run(tmp_path / "b" / f"s{seed}", seed=seed, less=2)
+    sides = str(tmp_path / "a"), str(tmp_path / "b")
+    with pytest.raises(SystemExit, match=r"--seeds 0,1 compares those that both have"):
+        main([*sides])
+    main([*sides, "--seeds", "0,1"])
+    assert "over 2 seeds" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"b: no run of seed 2: it has 0, 1"):
+        main([*sides, "--seeds", "2"])
+    with pytest.raises(SystemExit, match=r"--seeds x: expected whole numbers"):
+        main([*sides, "--seeds", "x"])
+
+
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: .*no record.json there"):
         main([str(tmp_path), str(MNIST / "ce")])

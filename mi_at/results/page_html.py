@@ -374,5 +374,7 @@ summary{cursor:pointer;padding:.3rem 0}
 .stacked td.number,.stacked th.number{text-align:left}
 .stacked td::before{content:attr(data-label) ": ";color:var(--muted)}
 }
+@media (min-width:68rem){.scroll:has(.numbers){width:max-content;min-width:100%;max-width:calc(100vw - 3rem);
+left:50%;transform:translateX(-50%)}}
 @media print{body{max-width:none}pre,.scroll{overflow:visible}nav{display:none}}
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,15 @@ class Row:
     matched: Difference | None = None
 
 
-def read_side(path: str | Path) -> Side:
+def read_side(path: str | Path, seeds: Collection[int] | None = None) -> Side:
     """The records of a path: a record.json, a run folder, or a folder of run folders that differ in their seed.
 
+    Args:
+        path: of them.
+        seeds: that are wanted; None: all there are.
+
     Raises:
-        ComparisonError: no record there, or records of several configurations.
+        ComparisonError: no record there, a seed that is not there, or records of several configurations.
         RecordError: a record or its outcomes are damaged.
     """
     path = Path(path)
@@ -87,9 +91,13 @@ def read_side(path: str | Path) -> Side:
     if len(kinds) > 1:
         keys = ", ".join(record.key for record, _ in records)
         raise ComparisonError(f"{path} holds several configurations ({keys}): one side of a comparison is one of them")
-    seeds = [record.seed for record, _ in records]
-    if len(set(seeds)) < len(seeds):
-        raise ComparisonError(f"{path} holds several runs of one seed ({seeds}): give one of them")
+    there = [record.seed for record, _ in records]
+    if len(set(there)) < len(there):
+        raise ComparisonError(f"{path} holds several runs of one seed ({there}): give one of them")
+    if seeds is not None:
+        if lacking := sorted(set(seeds) - set(there)):
+            raise ComparisonError(f"{path}: no run of seed {lacking[0]}: it has {', '.join(map(str, there))}")
+        records = [(record, place) for record, place in records if record.seed in seeds]
     first = records[0][0]
     name = first.key.removesuffix(f"-s{first.seed}")
     outcomes = tuple(read_outcomes(place.with_suffix(".npz")) for _, place in records)
@@ -118,7 +126,9 @@ def compare(a: Side, b: Side) -> tuple[list[Row], list[str]]:
     }
     for what, (first, second) in facts.items():
         if first != second and (what != "seeds" or max(len(a.seeds), len(b.seeds)) > 1):
-            raise ComparisonError(f"{what}: {first} and {second}: only what was measured alike can be compared")
+            both = ",".join(str(seed) for seed in a.seeds if seed in b.seeds)
+            mend = f"; --seeds {both} compares those that both have" if what == "seeds" and both else ""
+            raise ComparisonError(f"{what}: {first} and {second}: only what was measured alike can be compared{mend}")
     found, apart, unequal = [], [], set()
     for row in one.attacks:
         other = next((candidate for candidate in two.attacks if candidate.name == row.name), None)

@@ -561,6 +561,10 @@ def read_record(path: str | Path) -> Record:
     expected = {config_hash(record.config), config_hash(record.config, processes=record.processes)}
     if record.config_hash not in expected:
         raise RecordError(f"{path}: config_hash {record.config_hash} is not that of its config: was it edited?")
+    for what in ("seed", "budget"):
+        said, configured = getattr(record, what), record.config.get(what, getattr(record, what))
+        if said != configured:
+            raise RecordError(f"{path}: {what} {said}, but {configured} in its config: was it edited?")
     beside = path.with_suffix(".npz")
     if beside.is_file():
         _check_counts(path, record, read_outcomes(beside))

@@ -1,11 +1,13 @@
 """Which rows of a table differ from their baseline by more than the seeds do.
 
 Mean and standard deviation over seeds, differences paired over the seeds that both have, Student's t interval, Holm's
-rule over the methods of a column. Where fewer than two seeds are in common, nothing is said.
+rule over all methods of a column: rows that are not asked for count too, so that a choice of rows makes nothing better.
+Where fewer than two seeds are in common, nothing is said.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +62,11 @@ def baseline_of(table: Table, name: str) -> str | None:
         >>> [baseline_of(table, name) for name in cells]
         [None, 'at', 't']
     """
-    if name + CONTROL in table.cells:
+    cells = {**table.cells, **table.others}
+    if name + CONTROL in cells:
         return name + CONTROL
-    cell = table.cells[name]
-    others = [other for other in table.cells.values() if other.name != name and _setting(other) == _setting(cell)]
+    cell = cells[name]
+    others = [other for other in cells.values() if other.name != name and _setting(other) == _setting(cell)]
     bare = [other for other in others if chosen(other, "regularizer", {}) == "none"]
     defense, added = chosen(cell, "defense", {}), chosen(cell, "regularizer", {})
     wanted = defense if added != "none" else BASE
@@ -99,7 +102,7 @@ def against(filled: Filled) -> dict[Key, Against]:
         other = lines.get((base, *key[1:])) if base is not None else None
         if base is not None and other is not None and (gap := _gap(line, other)) is not None:
             found[key] = (base, gap)
-    return _adjusted(found, lines)
+    return _adjusted(found, filled)
 
 
 def _gap(line: Line, base: Line) -> Difference | None:
@@ -109,15 +112,26 @@ def _gap(line: Line, base: Line) -> Difference | None:
     return paired_over_seeds(*([side.values[seed] / 100 for seed in seeds] for side in (base, line)), n=line.n)
 
 
-def _adjusted(found: Mapping[Key, tuple[str, Difference]], lines: Mapping[Key, Line]) -> dict[Key, Against]:
-    """Holm's rule over the methods that one attack was run on, on one data set and network."""
+def missing_baselines(filled: Filled) -> list[str]:
+    """Cells that others would be compared with, and that were not asked for."""
+    bases = {baseline_of(filled.table, name) for name in filled.table.cells}
+    return [name for name in filled.table.others if name in bases]
+
+
+def _adjusted(found: Mapping[Key, tuple[str, Difference]], filled: Filled) -> dict[Key, Against]:
+    """Holm's rule over the table's methods on one data set and network, whether or not they were asked for and run."""
+    table, lines = filled.table, {key_of_line(line): line for line in filled.lines}
+    whole = {**table.cells, **table.others}
+    compared = [cell for name, cell in whole.items() if baseline_of(table, name) is not None]
+    several = Counter((chosen(cell, "dataset", {}), chosen(cell, "model", {})) for cell in compared)
     groups: dict[tuple[str, ...], list[Key]] = {}
     for key in found:
         line = lines[key]
         groups.setdefault((line.column, line.attack, line.dataset, line.model), []).append(key)
     made = {}
     for keys in groups.values():
-        gaps = [found[key] for key in keys]
-        for key, (base, gap), p in zip(keys, gaps, holm([gap.p or 0.0 for _, gap in gaps]), strict=True):
+        gaps, cell = [found[key] for key in keys], whole[keys[0][0]]
+        of = several[chosen(cell, "dataset", {}), chosen(cell, "model", {})]
+        for key, (base, gap), p in zip(keys, gaps, holm([gap.p or 0.0 for _, gap in gaps], of=of), strict=True):
             made[key] = Against(base, gap, p)
     return made

@@ -70,7 +70,7 @@ def _lead(site: Site) -> Html:
             "clean",
         ),
         ("Measured at the papers' size", str(sum(c[1] for c in full)), _of(full), "attack"),
-        ("Measured in small", str(sum(c[1] for c in small)), "numbers at a smaller budget", "attack"),
+        ("Measured in small", str(sum(c[1] + c[2] for c in small)), "numbers at a smaller budget", "attack"),
         ("Runs", str(len(site.found)), "records, a page each", "clean"),
     ]
     made = [

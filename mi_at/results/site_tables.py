@@ -9,6 +9,7 @@ from mi_at.results.figures import FigureError, draw
 from mi_at.results.measured import Filled, Line
 from mi_at.results.page_evaluation import badge, not_run
 from mi_at.results.page_html import Child, Html, document, join, table, tag
+from mi_at.results.reported import NO_PAPER
 from mi_at.results.significance import Against, Key, against, key_of_line
 from mi_at.results.site_pages import Site, link, way
 from mi_at.results.statistics import mean_interval, p_text
@@ -74,7 +75,8 @@ def _lead(site: Site, filled: Filled) -> Html:
     printed, measured, more = counts(filled)
     said = f"{measured} of {printed} printed numbers measured here, budget {filled.budget}."
     if not printed:
-        said, more = f"A table of our own: {more} numbers measured, budget {filled.budget}.", 0
+        what = "A table of our own" if filled.table.paper == NO_PAPER else "Nothing of it is printed as a number"
+        said, more = f"{what}: {more} numbers measured, budget {filled.budget}.", 0
     others = [other for other in site.tables if other.table.name == filled.table.name and other is not filled]
     beside = ": a difference to the print says little about either" if printed else ""
     small = f"Not the size that the paper{'' if printed else 's'} ran{beside}."
@@ -132,7 +134,7 @@ def _cell(site: Site, line: Line | None, printed: bool) -> Html:
         above if printed else None,
         _measured(site, line),
         gap,
-        tag("small", " ".join(line.flags), class_="flag") if line.flags else None,
+        *(tag("small", flag, class_="flag") for flag in line.flags),
     )
 
 

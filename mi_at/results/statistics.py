@@ -138,17 +138,24 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(runs.mean()), float(half)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], *, of: int = 0) -> list[float]:
     """p-values adjusted for their number by Holm's step-down rule (Holm 1979).
+
+    Args:
+        p_values: of the comparisons that are shown.
+        of: how many there are, those that are not shown included, which are taken to have larger ones.
 
     Example:
         >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
+        >>> [round(p, 3) for p in holm([0.01, 0.04], of=5)]
+        [0.05, 0.16]
     """
+    several = max(of, len(p_values))
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        largest = max(largest, min(1.0, (several - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted

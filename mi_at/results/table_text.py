@@ -7,7 +7,7 @@ import io as streams
 from collections.abc import Mapping, Sequence
 
 from mi_at.results.measured import Filled, Line
-from mi_at.results.significance import Against, Key, against, key_of_line
+from mi_at.results.significance import Against, Key, against, key_of_line, missing_baselines
 from mi_at.results.statistics import p_text
 from mi_at.results.terminal import NOT_RUN, columns, interval, interval_text, markdown_row
 
@@ -35,8 +35,15 @@ CSV = (
     "flags",
     "audit",
     "note",
+    "baseline",
+    "to_baseline",
+    "to_baseline_low",
+    "to_baseline_high",
+    "p",
+    "verdict",
 )
 LATEX = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}"}
+LATEX |= {sign: f"${sign}$" for sign in "<>"}
 Versus = Mapping[Key, Against]
 
 
@@ -138,15 +145,20 @@ def command(filled: Filled, *further: str) -> str:
         filled: the table.
         further: arguments.
     """
+    table = filled.table
     budget = [] if filled.budget == "paper" else [f"budget={filled.budget}"]
-    return " ".join([f"python -m mi_at.train -m table={filled.table.name}", *budget, *further])
+    rows = [f"'table.rows=[{','.join(table.cells)}]'"] if table.others else []
+    return " ".join([f"python -m mi_at.train -m table={table.name}", *budget, *rows, *further])
 
 
 def notes(filled: Filled) -> list[str]:
     """What is doubtful in the print, what nothing was run for, and which records are not shown."""
     listed = [f"* {note} ({', '.join(places)})" for note, places in doubts(filled).items()]
+    if hidden := missing_baselines(filled):
+        listed.append(f"not compared with what was not asked for: {', '.join(hidden)}")
     if not any(line.values for line in filled.lines):
-        listed.append(f"nothing of this table was run at budget {filled.budget}: {command(filled)}")
+        what = "these rows" if filled.table.others else "this table"
+        listed.append(f"nothing of {what} was run at budget {filled.budget}: {command(filled)}")
     return [*listed, *filled.aside]
 
 
@@ -198,6 +210,7 @@ def _csv(filled: Filled) -> str:
     stream = streams.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV)
+    versus = against(filled)
     for line in filled.lines:
         number = line.reported
         low, high = (interval(*line.counted) if line.counted else None) or (None, None)
@@ -224,5 +237,10 @@ def _csv(filled: Filled) -> str:
             "audit": line.audit,
             "note": number.note if number else "",
         }
-        writer.writerow(["" if values[name] is None else values[name] for name in CSV])
+        if found := versus.get(key_of_line(line)):
+            gap = found.difference
+            points = {"to_baseline": gap.value, "to_baseline_low": gap.low, "to_baseline_high": gap.high}
+            values |= {name: 100 * value for name, value in points.items()}
+            values |= {"baseline": found.baseline, "p": found.p, "verdict": found.verdict}
+        writer.writerow(["" if values.get(name) is None else values[name] for name in CSV])
     return stream.getvalue()

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mi_at.results.reported import NO_PAPER, PAPERS, Reported
@@ -97,6 +97,7 @@ class Table:
         cells: by name, in order; only those that were asked for.
         may_differ: settings in which a record may differ from its cell; it is shown in a row of its own that says so.
         figure: name of what draws it (`mi_at.results.figures.FIGURES`); None for a table.
+        others: its cells that were not asked for, by name.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Table:
     cells: Mapping[str, Cell]
     may_differ: tuple[str, ...] = ()
     figure: str | None = None
+    others: Mapping[str, Cell] = field(default_factory=dict)
 
     def numbers(self, numbers: Iterable[Reported]) -> dict[str, dict[str, Reported]]:
         """The paper's printed numbers by cell and by the print's name of the attack.
@@ -236,6 +238,7 @@ def read_table(node: Mapping[str, Any]) -> Table:
     if not cells:
         raise TableError(f"table {name} has no cells")
     number = node.get("number")
+    chosen = _chosen(name, cells, node.get("rows"))
     return Table(
         name=name,
         paper=str(node["paper"]),
@@ -244,9 +247,10 @@ def read_table(node: Mapping[str, Any]) -> Table:
         seeds=tuple(seeds),
         columns={str(printed): str(attack) for printed, attack in (node.get("columns") or {}).items()},
         more=tuple(str(attack) for attack in node.get("more") or ()),
-        cells=_chosen(name, cells, node.get("rows")),
+        cells=chosen,
         may_differ=tuple(str(key) for key in node.get("may_differ") or ()),
         figure=None if node.get("figure") is None else str(node["figure"]),
+        others={word: cell for word, cell in cells.items() if word not in chosen},
     )
 
 

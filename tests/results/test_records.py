@@ -253,6 +253,8 @@ def put(value: Any, *keys: str | int) -> Any:
         (put([0.0, 1.0], "attacks", 1, "interval"), r"fgsm: accuracy or interval"),
         (put(41, "attacks", 1, "correct"), r"fgsm: 41 right of n=40 cannot be"),
         (put(None, "attacks", 1, "n"), r"attacks: fgsm: n=None: expected int"),
+        (put(7, "seed"), r"seed 7, but 0 in its config: was it edited"),
+        (put("smoke", "budget"), r"budget smoke, but short in its config"),
         (put(0.9, "config", "defense", "lambda_mi"), r"config_hash \w{12} is not that of its config"),
     ],
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -215,6 +216,20 @@ def test_holm_counts_the_methods_of_a_column() -> None:
     assert both["m", "", "fgsm", "fgsm"].verdict == "no clear difference"
 
 
+def test_rows_that_are_not_asked_for_count_in_holms_rule() -> None:
+    base, one = {0: 50.0, 1: 51.0, 2: 49.0}, {0: 54.0, 1: 55.5, 2: 52.5}
+    lines = line("a", base), line("t", one)
+    alone, narrowed = filled(*lines, a=AT, t=TRADES), filled(*lines, a=AT, t=TRADES)
+    hidden = {"m": Cell("m", {}, ("defense=mart",)), "t_without": Cell("t_without", {}, ("defense=alp",))}
+    narrowed.table = replace(narrowed.table, others={"m": hidden["m"]})
+    key = ("t", "", "fgsm", "fgsm")
+    assert against(narrowed)[key].p == pytest.approx(2 * against(alone)[key].p)
+    narrowed.table = replace(narrowed.table, others=hidden)
+    assert against(narrowed) == {}, "its control is not shown"
+    assert "not compared with what was not asked for: t_without" in render(narrowed, "markdown")
+    assert "'table.rows=[a,t]'" in render(replace(narrowed, lines=[]), "terminal")
+
+
 def test_of_one_seed_in_common_nothing_is_said() -> None:
     lines = line("a", {0: 50.0, 1: 51.0}), line("t", {1: 60.0, 2: 61.0})
     assert against(filled(*lines, a=AT, t=TRADES)) == {}
@@ -245,6 +260,11 @@ def test_a_difference_stands_in_every_format() -> None:
     shown = filled(line("a", values[0]), line("t", values[1]), a=AT, t=TRADES)
     for form in ("terminal", "markdown", "latex"):
         assert "better (3 seeds, a)" in render(shown, form)
+    (row,) = [row for row in csv.DictReader(render(shown, "csv").splitlines()) if row["cell"] == "t"]
+    assert (row["baseline"], row["verdict"]) == ("a", "better")
+    assert float(row["to_baseline"]) == pytest.approx(23 / 6)
+    assert float(row["to_baseline_low"]) > 0
+    assert float(row["p"]) < 0.05
     assert "to the baseline" not in render(filled(line("a", values[0]), a=AT), "terminal")
 
 
