@@ -333,6 +333,7 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (): "which table",
         (search(place), "table=own", "format=pdf"): "format=pdf: expected one of terminal, markdown, latex, csv",
         (search(place), "table=own", "table.rows=[TRADEZ]"): "did you mean TRADES",
+        (search(place), "table=own", "table.columns=[pgd99]"): r"table.columns=\[...\]: the table's own; table.rows=",
         (search(place), "table=own", "defense=mart"): "defense= cannot be typed beside table=own",
         (search(place), "table=own", "defense.beta=1,2"): "only seed= may have several",
         (search(place), "table=own", "defense.bta=1"): "defense.bta",

@@ -39,7 +39,8 @@ def run_all(launcher: Launcher, jobs: Sequence[Sequence[str]], first: int = 0) -
             raise  # a configuration
         except Exception as error:
             what = f"{type(launcher).__name__} has given up ({type(error).__name__}: {' '.join(str(error).split())})"
-            print(f"error: {what}; what is finished is kept, the same command runs the rest", file=sys.stderr)
+            mend = "; this machine has no Slurm: launcher=joblib runs here" if "srun" in str(error) else ""
+            print(f"error: {what}{mend}; what is finished is kept, the same command runs the rest", file=sys.stderr)
             raise FailedJobError from error
         first += len(batch)
         ended |= results

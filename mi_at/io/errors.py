@@ -39,6 +39,8 @@ def explain(error: BaseException) -> str:
         return f"unknown key {error.full_key}: {where or 'the configuration'} has {has}{near}"
     if "Cannot merge DictConfig with ListConfig" in str(error):
         key = str(error).partition("full_key: ")[2].split()[0]
+        if key.startswith("table."):
+            return f"{key}=[...]: the table's own; table.rows=[...] says which of its rows are wanted"
         return f"{key}=[...]: names of files are chosen with a slash, {key.replace('.', '/')}=[...]"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: {error.full_key}=<path>"
