@@ -21,6 +21,8 @@ from mi_at.results.tables import Job, Table, TableError, key_of, read_table
 
 MEASURED = FOLDER.parent / "measured"
 """Records of real runs that the project keeps."""
+OF_A_SWEEP = ("launcher", "sweep")
+"""Choices of a command with -m, which one run alone does not take."""
 Item = TypeVar("Item")
 
 
@@ -71,7 +73,7 @@ def typed_words(without: Sequence[str] = ()) -> list[str]:
             said.append(f"{key}={Path(value).name}")
         elif os.path.isfile(value):  # noqa: PTH113  Path.is_file() raises for a list of attacks longer than a file name
             said.append(f"{key}=<file>")
-        elif not any(f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, *without)):
+        elif not any(f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, *OF_A_SWEEP, *without)):
             said.append(override)
     return said
 
