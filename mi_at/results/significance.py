@@ -8,7 +8,7 @@ Where fewer than two seeds are in common, nothing is said.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,9 @@ def against(filled: Filled) -> dict[Key, Against]:
     Args:
         filled: the table.
     """
-    bases = {name: baseline_of(filled.table, name) for name in filled.table.cells}
+    table = filled.table
+    whole = {**table.cells, **table.others}
+    bases = {name: baseline_of(table, name) for name in whole}
     lines = {key_of_line(line): line for line in filled.lines}
     found: dict[Key, tuple[str, Difference]] = {}
     for key, line in lines.items():
@@ -102,7 +104,8 @@ def against(filled: Filled) -> dict[Key, Against]:
         other = lines.get((base, *key[1:])) if base is not None else None
         if base is not None and other is not None and (gap := _gap(line, other)) is not None:
             found[key] = (base, gap)
-    return _adjusted(found, filled)
+    compared = Counter(_data_and_network(whole[name]) for name, base in bases.items() if base is not None)
+    return _adjusted(found, lines, lambda line: compared[_data_and_network(whole[line.cell])])
 
 
 def _gap(line: Line, base: Line) -> Difference | None:
@@ -114,24 +117,27 @@ def _gap(line: Line, base: Line) -> Difference | None:
 
 def missing_baselines(filled: Filled) -> list[str]:
     """Cells that others would be compared with, and that were not asked for."""
+    if not filled.table.others:
+        return []
     bases = {baseline_of(filled.table, name) for name in filled.table.cells}
     return [name for name in filled.table.others if name in bases]
 
 
-def _adjusted(found: Mapping[Key, tuple[str, Difference]], filled: Filled) -> dict[Key, Against]:
+def _data_and_network(cell: Cell) -> tuple[Any, Any]:
+    return chosen(cell, "dataset", {}), chosen(cell, "model", {})
+
+
+def _adjusted(
+    found: Mapping[Key, tuple[str, Difference]], lines: Mapping[Key, Line], methods: Callable[[Line], int]
+) -> dict[Key, Against]:
     """Holm's rule over the table's methods on one data set and network, whether or not they were asked for and run."""
-    table, lines = filled.table, {key_of_line(line): line for line in filled.lines}
-    whole = {**table.cells, **table.others}
-    compared = [cell for name, cell in whole.items() if baseline_of(table, name) is not None]
-    several = Counter((chosen(cell, "dataset", {}), chosen(cell, "model", {})) for cell in compared)
     groups: dict[tuple[str, ...], list[Key]] = {}
     for key in found:
         line = lines[key]
         groups.setdefault((line.column, line.attack, line.dataset, line.model), []).append(key)
     made = {}
     for keys in groups.values():
-        gaps, cell = [found[key] for key in keys], whole[keys[0][0]]
-        of = several[chosen(cell, "dataset", {}), chosen(cell, "model", {})]
+        gaps, of = [found[key] for key in keys], methods(lines[keys[0]])
         for key, (base, gap), p in zip(keys, gaps, holm([gap.p or 0.0 for _, gap in gaps], of=of), strict=True):
             made[key] = Against(base, gap, p)
     return made

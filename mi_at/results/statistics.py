@@ -112,15 +112,18 @@ def paired_over_seeds(a: Sequence[float], b: Sequence[float], *, n: int) -> Diff
     if n < 1:
         raise ValueError(f"n={n}: expected the number of images, 1 or more")
     gaps = np.asarray(b, float) - np.asarray(a, float)
-    free, mean = len(gaps) - 1, float(gaps.mean())
-    error = max(float(gaps.std(ddof=1)), math.sqrt(1 / 6) / n) / math.sqrt(len(gaps))
-    half = float(stats.t.ppf(0.975, free)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, free))
+    free = len(gaps) - 1
+    mean, half = mean_interval(gaps, least=math.sqrt(1 / 6) / n)
+    p = 2 * float(stats.t.sf(abs(mean) / half * stats.t.ppf(0.975, free), free))
     return Difference(mean, mean - half, mean + half, p, len(gaps))
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray, *, least: float = 0.0) -> tuple[float, float]:
     """Mean and half the width of the 95 % t interval of a few runs; the half is 0 for one run.
+
+    Args:
+        values: of the runs.
+        least: that their standard deviation is taken to be.
 
     Raises:
         ValueError: no values.
@@ -132,9 +135,9 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     runs = np.asarray(values, float)
     if not len(runs):
         raise ValueError("no runs: expected one or more")
-    if np.ptp(runs) == 0:
+    if len(runs) == 1 or (np.ptp(runs) == 0 and not least):
         return float(runs[0]), 0.0
-    half = stats.t.ppf(0.975, len(runs) - 1) * runs.std(ddof=1) / math.sqrt(len(runs))
+    half = stats.t.ppf(0.975, len(runs) - 1) * max(runs.std(ddof=1), least) / math.sqrt(len(runs))
     return float(runs.mean()), float(half)
 
 
