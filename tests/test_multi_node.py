@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,9 +35,12 @@ TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.n
 
 
 def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    """Below those that the system gives to connections: none of another test takes it before the run listens."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def by_hand(node: int, port: str) -> tuple[list[str], dict[str, str]]:
@@ -60,11 +67,19 @@ def on_two_machines(folder: Path, start: object, *overrides: str) -> list[subpro
         line = [sys.executable, *arguments, *TWO, *SETTINGS, *overrides]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen(line, cwd=folder, env=variables, text=True, **pipes))  # type: ignore[call-overload]
-    said = [process.communicate(timeout=900) for process in running]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *streams)
-        for process, streams in zip(running, said, strict=True)
-    ]
+    with ThreadPoolExecutor() as both:  # the pipes of both are read at once
+        return list(both.map(functools.partial(ended, running), running))
+
+
+def ended(
+    all_of_them: Sequence[subprocess.Popen[str]], process: subprocess.Popen[str]
+) -> subprocess.CompletedProcess[str]:
+    """What a process said; where it failed, the others, which would wait for it, are ended."""
+    said = process.communicate(timeout=900)
+    if process.returncode:
+        for other in all_of_them:
+            other.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 @pytest.mark.slow
@@ -74,8 +89,8 @@ def test_two_machines_end_where_one_does_and_write_one_record(start: object, tmp
     two, one = tmp_path / "two", tmp_path / "one"
     two.mkdir()
     one.mkdir()
-    for done in on_two_machines(two, start):
-        assert done.returncode == 0, done.stderr
+    started = on_two_machines(two, start)
+    assert [done.returncode for done in started] == [0, 0], [done.stderr for done in started]
     alone = command(one, *SETTINGS)
     assert alone.code == 0, alone.err
     (record,), (expected,) = (list(folder.rglob("record.json")) for folder in (two, one))
