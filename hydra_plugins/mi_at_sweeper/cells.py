@@ -43,7 +43,7 @@ class CellsSweeper(BasicSweeper):
         if self.config is None or self.launcher is None or self.hydra_context is None:
             raise RuntimeError("setup() comes first")
         # Here and not above: Hydra imports its plugins at every start, and this brings torch along.
-        from mi_at.io import FailedJobError
+        from mi_at.io import ERROR, FailedJobError
         from mi_at.results.tables import key_of, read_table
 
         chosen = self.config.hydra.runtime.choices
@@ -71,6 +71,8 @@ class CellsSweeper(BasicSweeper):
         for job, result in failed:
             print(f"  {job.cell} seed={job.seed}: {why(result)}", file=sys.stderr)
         if failed:
+            if any(folder.glob(f"*/{ERROR}")):
+                print(f"  where each of them failed: {folder}/*/{ERROR}", file=sys.stderr)
             raise FailedJobError
         # How they were launched a report does not take; every value it does.
         path = [override for override in self.config.hydra.overrides.hydra if key_of(override) == "hydra.searchpath"]

@@ -14,7 +14,7 @@ from mi_at.io.checkpoints import (
     read_checkpoint,
     read_weights,
 )
-from mi_at.io.command import FailedJobError, quiet, reuse_memory, run_command
+from mi_at.io.command import ERROR, FailedJobError, quiet, reuse_memory, run_command
 from mi_at.io.conf import conf_dir, names_in, options_of, plain, recipe_keys, register_resolvers
 from mi_at.io.configuration import (
     EXTRAS,
@@ -30,6 +30,7 @@ from mi_at.io.serving import AT_HAND, Served, Surrogate, adaptive_attacks, bind,
 
 __all__ = [
     "AT_HAND",
+    "ERROR",
     "EXTRAS",
     "USER_ERRORS",
     "Checkpoint",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -19,6 +22,9 @@ from omegaconf import DictConfig
 
 from mi_at.io.conf import conf_dir, register_resolvers
 from mi_at.io.errors import USER_ERRORS, explain, message
+
+ERROR = "error.txt"
+"""What a failed job of a sweep leaves in <runs>/multirun/<when>/<number>."""
 
 
 def quiet() -> None:
@@ -67,10 +73,19 @@ class FailedJobError(RuntimeError):
         return str(self.args[0])
 
 
+def _leave(error: BaseException) -> None:
+    """Keep what a job of a multirun failed with: what it was, what was wrong, and where."""
+    job = HydraConfig.get()
+    text = f"{shlex.join(job.overrides.task)}\n\n{explain(error)}\n\n{''.join(traceback.format_exception(error))}"
+    with contextlib.suppress(OSError):  # it was said; a full disk is no other error
+        Path(job.runtime.output_dir, ERROR).write_text(text)
+
+
 def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
     """The command line of a job: what is the user's own mistake ends as one message and exit status 1.
 
-    In a multirun a job that fails says why at once, the others go on, and the exit status is 1 in the end.
+    In a multirun a job that fails says why at once and leaves `ERROR` in its folder of the sweep, the others go on, and
+    the exit status is 1 in the end.
 
     Args:
         job: called with the composed configuration.
@@ -95,12 +110,14 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
             busy = getattr(error, "folder", None)
             if busy is None:
                 print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+                _leave(error)
             raise FailedJobError(explain(error), busy) from error
         except Exception as error:
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 raise
             # Said here: on its way from another process an error loses its place in the code, and some cannot be sent.
             print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+            _leave(error)
             raise FailedJobError(f"{type(error).__name__}: {error}") from error
 
     try:

@@ -52,6 +52,20 @@ def test_every_cell_runs_with_every_seed_and_one_that_fails_stops_no_other(swept
     assert "Traceback" not in done.err
 
 
+def test_what_failed_leaves_its_error_in_the_folder_of_the_sweep(swept: tuple[Path, Done]) -> None:
+    folder, done = swept
+    (sweeps,) = (folder / "runs/multirun").iterdir()
+    left = {path.parent.name: path.read_text() for path in sorted(sweeps.glob("*/error.txt"))}
+    assert list(left) == ["1", "4"], "the jobs of the second cell, by number"
+    for seed, text in zip((0, 1), left.values(), strict=True):
+        assert "cell=negative" in text.splitlines()[0]
+        assert f"seed={seed}" in text.splitlines()[0]
+        assert text.splitlines()[2].startswith("defense.beta=-1")
+        assert "Traceback" in text
+        assert "ValueError" in text.splitlines()[-1]
+    assert f"where each of them failed: {sweeps.relative_to(folder)}/*/error.txt" in done.err
+
+
 def test_the_whole_table_runs_with_one_seed_before_the_next(swept: tuple[Path, Done]) -> None:
     order = [(line.split("cell=")[1].split()[0], line.split("seed=")[1][0]) for line in lines_of_jobs(swept[1])]
     assert order == [(cell, seed) for seed in "01" for cell in CELLS]

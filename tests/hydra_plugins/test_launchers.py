@@ -114,6 +114,9 @@ def test_a_cell_that_fails_stops_no_other_and_is_named(launcher: tuple[str, ...]
     summary = done.err[done.err.index("2 of 3 runs of table own failed:") :]
     assert "  negative seed=0: defense.beta=-1" in summary
     assert "  broken seed=0: RuntimeError: broken on purpose" in summary
+    left = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/multirun/*/*/error.txt")}
+    assert {number: text.splitlines()[2] for number, text in left.items()}["1"] == "broken on purpose"
+    assert sorted(left) == ["0", "1"]
 
 
 @needs_ray
