@@ -141,9 +141,10 @@ def _run(site: Site, found: Found) -> list[Child]:
     clean = next((row for row in record.attacks if row.name == CLEAN), None)
     strong = page_data.strongest(record)
     said = page_data.verdict(record)
+    served = [f", served {record.checkpoint['served']}"] if record.checkpoint.get("served") else []
     tables = {site.table(filled): filled.table.name for filled, _ in site.places.get(found.path, ())}
     return [
-        link(record.key, site.runs[found.path]),
+        join([link(record.key, site.runs[found.path]), *served]),
         record.budget,
         NOT_RUN if clean is None else percent(clean.correct, clean.n),
         NOT_RUN if strong is None else f"{page_data.title(strong)}, {page_data.threat(strong)}",

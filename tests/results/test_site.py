@@ -348,6 +348,16 @@ def test_a_figure_stands_on_its_page(tmp_path: Path) -> None:
     assert "nothing of figure ib_rar_f2 was run at budget paper" in empty.text
 
 
+def test_weights_served_in_another_way_are_told_from_the_run(tmp_path: Path) -> None:
+    ways = makers.record(), makers.record(checkpoint={"rule": "last", "served": "without the mask"})
+    found = [Found(tmp_path / f"{number}/record.json", record) for number, record in enumerate(ways)]
+    for each in found:
+        write_record(each.path, each.record, evaluation())
+    text = Tree(write_site(tmp_path / "site", [], found).read_text()).text
+    key = ways[0].key
+    assert re.findall(rf"{key}(?: , served [a-z ]+ mask)?", text) == [key, f"{key} , served without the mask"]
+
+
 def test_what_differs_from_the_cell_as_its_table_allows_is_shown_and_said(tmp_path: Path) -> None:
     lines = line("a", {0: 50.0}), line("a", {0: 40.0}, row="a [a]", unlike="attack.precision bf16")
     shown = filled(*lines, a=AT)
