@@ -216,6 +216,16 @@ def test_smoke_narrows_what_would_take_minutes_unless_a_width_is_typed(compose: 
     assert (surrogate["choices"]["model"], surrogate["model"]["width"]) == ("vgg19", 0.125)
 
 
+@pytest.mark.parametrize(("budget", "queries", "targets"), [("paper", 5000, 9), ("short", 5000, 9), ("smoke", 100, 2)])
+def test_autoattack_is_the_authors_but_at_smoke(budget: str, queries: int, targets: int, compose: Compose) -> None:
+    chosen = "evaluation/attacks=[autoattack,autoattack_plus,autoattack_rand,square]"
+    asked = compose(["evaluation=chosen", chosen, f"budget={budget}"])
+    attacks = io.build_attacks(io.resolve(asked)["evaluation"])
+    assert len(attacks) == 4
+    assert {attack.describe()["queries"] for attack in attacks.values()} == {queries}
+    assert {attack.describe()["targets"] for name, attack in attacks.items() if name != "square"} == {targets}
+
+
 def test_the_command_line_wins_over_budget_over_recipe_over_data_set(compose: Compose) -> None:
     base = ["defense=mimae", "dataset=cifar10", "model=resnet18"]
     assert io.resolve(compose([*base, "recipe=none"]))["attack"]["eps"] == "8/255"

@@ -26,7 +26,7 @@ def run_all(launcher: Launcher, jobs: Sequence[Sequence[str]], first: int = 0) -
         FailedJobError: the launcher itself has failed, as joblib does when one of its processes is killed; it was said.
     """
     # Here and not above: Hydra imports its plugins at every start, and this brings torch along.
-    from mi_at.io import FailedJobError
+    from mi_at.io import FailedJobError, explain
     from mi_at.results.runs import let_go_of_all, wait_for_others
 
     ended: dict[int, JobReturn] = {}
@@ -38,9 +38,10 @@ def run_all(launcher: Launcher, jobs: Sequence[Sequence[str]], first: int = 0) -
         except (HydraException, OmegaConfBaseException):
             raise  # a configuration
         except Exception as error:
-            what = f"{type(launcher).__name__} has given up ({type(error).__name__}: {' '.join(str(error).split())})"
-            mend = "; this machine has no Slurm: launcher=joblib runs here" if "srun" in str(error) else ""
-            print(f"error: {what}{mend}; what is finished is kept, the same command runs the rest", file=sys.stderr)
+            what = (
+                f"{type(launcher).__name__} has given up ({type(error).__name__}: {' '.join(explain(error).split())})"
+            )
+            print(f"error: {what}; what is finished is kept, the same command runs the rest", file=sys.stderr)
             raise FailedJobError from error
         first += len(batch)
         ended |= results

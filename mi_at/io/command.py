@@ -138,4 +138,4 @@ def run_command(job: Callable[[DictConfig], Any], config_name: str) -> None:
         launcher = next((word for word in sys.argv if word.startswith(("launcher=", "hydra/launcher="))), None)
         if traced or launcher is None:
             raise
-        sys.exit(message(ValueError(f"{launcher}: {error}")))  # such as Slurm's where there is no Slurm
+        sys.exit(message(ValueError(f"{launcher}: {explain(error)}")))  # such as Slurm's where there is no Slurm

@@ -57,7 +57,7 @@ def register_resolvers() -> None:
 
     `${mul:a,b}` multiplies numbers or fractions; `${multiples:a,[b,c]}` is the list of a b and a c; `${larger:a,b}` is
     the larger of two numbers; `${if_l2:norm,eps}` is eps where the norm is l2, else null; `${by_budget:p,s,t}` is s at
-    budget short, t at smoke, p at others.
+    budget short, t at smoke, p at others and where there is none, as in an evaluation.
     """
     OmegaConf.register_new_resolver("multiples", lambda a, b: [parse_eps(a) * parse_eps(v) for v in b], replace=True)
     OmegaConf.register_new_resolver("larger", max, replace=True)
@@ -65,6 +65,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: parse_eps(a) * parse_eps(b), replace=True)
     OmegaConf.register_new_resolver(
         "by_budget",
-        lambda paper, short, smoke, *, _root_: {"short": short, "smoke": smoke}.get(str(_root_.budget), paper),
+        lambda paper, short, smoke, *, _root_: {"short": short, "smoke": smoke}.get(
+            str(OmegaConf.select(_root_, "budget")), paper
+        ),
         replace=True,
     )

@@ -54,6 +54,8 @@ def explain(error: BaseException) -> str:
             elsewhere = [other for other in ("defense", "regularizer", "callback") if name in names_in(other)]
             near = f"; did you mean {elsewhere[0]}={name}?" if elsewhere else guess(name, known)
             return f"{group}={name}: expected one of {', '.join(known)}{near}"
+    if 'not detect "srun"' in str(error):  # submitit's words
+        return f"{error} (this machine has no Slurm: launcher=joblib runs here)"
     return str(error)
 
 

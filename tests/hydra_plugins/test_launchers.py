@@ -222,6 +222,7 @@ def test_slurm_where_there_is_none_is_an_error_of_one_sentence(tmp_path: Path) -
     done = command(tmp_path, "-m", "launcher=slurm", "seed=0,1", *TINY, PATH=str(tmp_path))
     assert done.code == 1
     assert 'error: launcher=slurm: Could not detect "srun"' in done.err
+    assert "this machine has no Slurm: launcher=joblib runs here" in done.err
     assert "Traceback" not in done.err
     done = command(tmp_path, "-m", "launcher=slurm", "table=mimae_t8", "budget=smoke", PATH=str(tmp_path))
     assert "this machine has no Slurm: launcher=joblib runs here" in done.err
