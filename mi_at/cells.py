@@ -11,6 +11,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -23,6 +24,8 @@ MEASURED = FOLDER.parent / "measured"
 """Records of real runs that the project keeps."""
 OF_A_SWEEP = ("launcher", "sweep")
 """Choices of a command with -m, which one run alone does not take."""
+OF_THE_COMMAND = ("hydra", "table")
+"""Keys that no job of a table has."""
 Item = TypeVar("Item")
 
 
@@ -101,9 +104,50 @@ def composed(overrides: Sequence[str]) -> tuple[Table, list[Job]]:
     return table, table.jobs(typed, cfg.hydra.runtime.choices)
 
 
+def left_to_cells(arguments: Sequence[str]) -> list[str]:
+    """A command line of a table, on which Hydra leaves the values within a group to the cells.
+
+    Before anything else Hydra sets what was typed in the defaults, which lack keys that a cell has. What is a choice,
+    of one value too, it leaves to the jobs.
+
+    Args:
+        arguments: of a command; without a table, or for one run alone, they stay as they are.
+
+    Example:
+        >>> left_to_cells(["-m", "table=ncmi_t2", "regularizer.ncmi.alpha=0.2", "seed=0", "attack.eps=4/255,8/255"])
+        ['-m', 'table=ncmi_t2', 'regularizer.ncmi.alpha=choice(0.2)', 'seed=0', 'attack.eps=4/255,8/255']
+    """
+    if named_table(arguments) is None or not {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    return [_as_choice(argument) for argument in arguments]
+
+
+def as_typed(override: str) -> str:
+    """What `left_to_cells` made of an override, undone.
+
+    Example:
+        >>> as_typed("attack.eps=choice(4/255)"), as_typed("attack.eps=choice(4/255,8/255)")
+        ('attack.eps=4/255', 'attack.eps=choice(4/255,8/255)')
+    """
+    key, _, value = override.partition("=choice(")
+    typed = f"{key}={value.removesuffix(')')}"
+    return typed if value and _as_choice(typed) == override else override
+
+
+def _as_choice(override: str) -> str:
+    key, _, value = override.partition("=")
+    if "." not in key or not value or key.startswith(("-", "~")) or key_of(override).split(".")[0] in OF_THE_COMMAND:
+        return override
+    try:
+        several = OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException:  # Hydra says what is wrong with it
+        return override
+    return override if several else f"{key}=choice({value})"
+
+
 def compose_table(overrides: Sequence[str]) -> tuple[DictConfig, list[list[str]]]:
     """The configuration of what has one value, and all combinations of what was typed."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parsed = OverridesParser.create().parse_overrides([_as_choice(override) for override in overrides])
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     cfg = hydra.compose("train", overrides=single, return_hydra_config=True)
     return cfg, BasicSweeper.split_arguments(parsed, None)[0]

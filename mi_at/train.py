@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from mi_at.callbacks.probe import Probe
 from mi_at.callbacks.progress import Progress
 from mi_at.callbacks.sample_grid import SampleGrid
 from mi_at.callbacks.speed import Speed
-from mi_at.cells import typed_words
+from mi_at.cells import left_to_cells, typed_words
 from mi_at.data.base import ImageDataModule
 from mi_at.data.seeding import keyed_generator
 from mi_at.defenses.base import Defense
@@ -349,6 +350,7 @@ def header(config: Mapping[str, Any], run: Run, net: nn.Module) -> dict[str, str
 
 def main() -> None:
     """The command line."""
+    sys.argv[1:] = left_to_cells(sys.argv[1:])
     io.run_command(train, "train")
 
 

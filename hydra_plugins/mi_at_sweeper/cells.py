@@ -43,6 +43,7 @@ class CellsSweeper(BasicSweeper):
         if self.config is None or self.launcher is None or self.hydra_context is None:
             raise RuntimeError("setup() comes first")
         # Here and not above: Hydra imports its plugins at every start, and this brings torch along.
+        from mi_at.cells import as_typed
         from mi_at.io import ERROR, FailedJobError
         from mi_at.results.tables import key_of, read_table
 
@@ -76,7 +77,7 @@ class CellsSweeper(BasicSweeper):
             raise FailedJobError
         # How they were launched a report does not take; every value it does.
         path = [override for override in self.config.hydra.overrides.hydra if key_of(override) == "hydra.searchpath"]
-        shown = [*path, *(override for override in arguments if key_of(override) != "launcher")]
+        shown = [*path, *(as_typed(override) for override in arguments if key_of(override) != "launcher")]
         print(f"\nall {len(jobs)} runs of table {table.name} are finished; what they measured:")
         print(f"  {shlex.join(['python', '-m', 'mi_at.report', *shown])}", flush=True)
         return results

@@ -108,6 +108,26 @@ def test_a_damaged_record_is_set_aside_and_the_run_evaluated_again(swept: tuple[
     assert folder != tmp_path
 
 
+def test_a_value_is_set_that_the_defaults_lack(tmp_path: Path) -> None:
+    """The cell alone has the regularizer; the same words make the report."""
+    write_table(tmp_path, cells={"TRADES": ["defense=trades", "regularizer=mi"]}, seeds=[0])
+    done = sweep(tmp_path, "regularizer.mi.lambda_mi=0.3")
+    assert done.code == 0, done.err
+    (record,) = records(tmp_path)
+    assert json.loads(record.read_text())["config"]["regularizer"]["mi"]["lambda_mi"] == 0.3
+    said = shlex.split(done.out.splitlines()[-1])[3:]
+    assert "regularizer.mi.lambda_mi=0.3" in said
+    shown = command(tmp_path, *said, module="mi_at.report")
+    assert shown.code == 0, shown.err
+    assert "another version" not in shown.out
+    (row,) = (line.split() for line in shown.out.splitlines() if line.startswith("TRADES"))
+    assert row[3] != "-", "its number, not that nothing was run"
+    wrong = sweep(tmp_path, "regularizer.mi.lambda=0.3")
+    assert wrong.code == 1
+    assert "unknown key regularizer.mi.lambda" in wrong.err
+    assert "Traceback" not in wrong.err
+
+
 REFUSED = {
     ("table.rows=[TRADE]",): "table.rows=[TRADE]: table own has TRADES, negative, plain; did you mean TRADES?",
     ("defense=mart",): "defense= cannot be typed beside table=own: its cell TRADES is defense=trades",
