@@ -128,6 +128,8 @@ def as_typed(override: str) -> str:
     Example:
         >>> as_typed("attack.eps=choice(4/255)"), as_typed("attack.eps=choice(4/255,8/255)")
         ('attack.eps=4/255', 'attack.eps=choice(4/255,8/255)')
+        >>> left_to_cells(["-m", "table=ib_rar_t4", "regularizer.ib_rar.layers=null"])[2]
+        "regularizer.ib_rar.layers=choice('null')"
     """
     key, _, value = override.partition("=choice(")
     typed = f"{key}={value.removesuffix(')')}"
@@ -142,6 +144,8 @@ def _as_choice(override: str) -> str:
         several = OverridesParser.create().parse_override(override).is_sweep_override()
     except HydraException:  # Hydra says what is wrong with it
         return override
+    if value == "null":
+        value = "'null'"  # Hydra takes no null for a choice, and leaves the quotes away afterwards
     return override if several else f"{key}=choice({value})"
 
 

@@ -271,7 +271,7 @@ def test_a_group_chosen_against_a_recipe_is_an_error_that_names_the_values(compo
     with pytest.raises(ValueError, match=r"; adam has no optim.momentum: use recipe=none, and give .* what you want"):
         check(io.resolve(compose([*base, "optim=adam"])))
     with pytest.raises(
-        ValueError, match=r"; give them .* \(attack.norm=\.\.\. .*attack.steps=\.\.\.\), or use recipe=none"
+        ValueError, match=r"; give them .* \(attack.norm=\.\.\. .*attack.init=\.\.\.\), or use recipe=none"
     ):
         check(io.resolve(compose([*base, "attack=fgsm"])))
     check(io.resolve(compose([*base, "optim=adam", "recipe=none"])))

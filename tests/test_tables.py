@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,14 @@ def problems(cell: Cell) -> list[str]:
             name, option = option.split(".", 1) if several else (chosen[group], option)
             first = option.partition(".")[0]
             known = written(group, name.replace("${budget}", "paper"))
-            found += (
-                [key] if first not in known or (several and name not in chosen[group].strip("[]").split(",")) else []
-            )
+            there = [*chosen[group].strip("[]").split(","), *brought_along(chosen["defense"])]
+            found += [key] if first not in known or (several and name not in there) else []
     return found
+
+
+def brought_along(defense: str) -> list[str]:
+    """Callbacks that a defense includes."""
+    return re.findall(r"@callback\.(\w+)", (CONF / "defense" / f"{defense}.yaml").read_text())
 
 
 TRAIN = yaml.load((CONF / "train.yaml").read_text(), Loader=yaml.CSafeLoader)
@@ -300,6 +305,36 @@ def test_numbers_that_a_cell_sets_are_the_printed_ones(tables: dict[str, tuple[T
 # ---------------------------------------------------------------- our own tables
 OFF = {"alpha", "beta", "lambda_mi", "lambda_x", "lambda_y", "use_mi"}
 """Options that switch an information term off."""
+
+
+BOUND = {
+    ("mimae_t5", "standard_at"): {"attack.init": "gaussian"},
+    ("ncmi_t2", "cifar10_pr18_trades"): {"attack.init": "uniform"},
+    ("ncmi_t9", "trades_hbar"): {"attack.init": "uniform"},
+    ("shared_info_t6", "mma"): {"optim.gamma": [0.3, 0.03333333333333333], "optim.milestones": [75, 90]},
+    ("ib_rar_s321", "vgg16_fc1"): {"regularizer.ib_rar.mask.fraction": 0},
+    ("namid_f4", "mim"): {"defense.objective": "eq4_selected"},
+    ("head_to_head_mnist_last", "mimae"): {"select": "last"},
+}
+"""Settings of METHODS.md A9 or of the print that a cell would not have by its method's defaults."""
+
+
+@pytest.mark.parametrize("cell", BOUND, ids="-".join)
+def test_a_cell_has_what_its_paper_or_our_reading_binds(cell: tuple[str, str], tables: Any) -> None:
+    table, name = cell
+    jobs = {job.cell: job for job in tables[table][1]}
+    with io.composing():
+        config = OmegaConf.create(io.compose_run(jobs[name].overrides))
+    assert {key: OmegaConf.select(config, key) for key in BOUND[cell]} == BOUND[cell]
+
+
+@pytest.mark.parametrize(("budget", "scaled"), [("paper", 10), ("short", 2), ("smoke", 1)])
+def test_weights_are_perturbed_after_a_fifth_of_head_to_head(budget: str, scaled: int, tables: Any) -> None:
+    """A8: 10 of 50 epochs, 2 of 12."""
+    jobs = {job.cell: job for job in tables["head_to_head_mnist"][1]}
+    with io.composing():
+        config = io.compose_run([*jobs["trades_awp"].overrides, f"budget={budget}"])
+    assert io.build("optim", config["optim"]).scaled(config["callback"]["awp"]["warmup_epochs"]) == scaled
 
 
 @pytest.mark.parametrize("name", ["head_to_head_mnist", "head_to_head_cifar10"])

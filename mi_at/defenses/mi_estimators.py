@@ -30,7 +30,7 @@ from mi_at.functional.selection import broken_by_attack, selected_cosine, select
 from mi_at.functional.variational import local_donsker_varadhan
 from mi_at.regularizers.base import Views
 
-OBJECTIVES = ("eq5", "eq4", "released")
+OBJECTIVES = ("eq5", "eq4", "eq4_selected", "released")
 
 
 def estimators_loss(
@@ -48,7 +48,8 @@ def estimators_loss(
         adversarial: the same of the adversarial information.
         right: [B] bool, samples that the reference has right as they are.
         broken: [B] bool, those of them that it has wrong under attack: the selection of eq. 6.
-        objective: "eq5" with the hinge, "eq4" (no selection, nothing is driven down), or "released".
+        objective: "eq5" with the hinge, "eq4" (no selection, nothing is driven down), "eq4_selected" (the same on the
+            selection, for its Figure 4), or "released".
 
     Returns:
         {"natural", "adversarial", "loss"}: scalars, nats.
@@ -65,6 +66,9 @@ def estimators_loss(
     require_one_of(OBJECTIVES, objective=objective)
     if objective == "eq4":
         terms = {"natural": -natural["clean"].mean(), "adversarial": -adversarial[ADVERSARIAL].mean()}
+    elif objective == "eq4_selected":
+        raised = {"natural": natural["clean"], "adversarial": adversarial[ADVERSARIAL]}
+        terms = {name: -selected_mean(estimates, broken) for name, estimates in raised.items()}
     elif objective == "eq5":
         n, a = ({view: selected_mean(e, broken) for view, e in both.items()} for both in (natural, adversarial))
         terms = {"natural": n[ADVERSARIAL].relu() - n["clean"], "adversarial": a["clean"].relu() - a[ADVERSARIAL]}
@@ -101,7 +105,7 @@ class MIEstimators(Defense):
 
     Args:
         reference: checkpoint of the reference network, or "auto" (section 3.2.2: standard AT).
-        objective: "eq5" | "eq4" | "released".
+        objective: "eq5" | "eq4" | "eq4_selected" | "released".
         hsize: width of the estimators; the authors' code has 2048.
         lr: of Adam (section 4.1).
         epochs: 25 (section 4.1).

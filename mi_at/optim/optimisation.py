@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Optimisation:
         paper_epochs: epochs that milestones and other such numbers refer to; None: `epochs`.
         schedule: "constant", "multistep", "step", "cosine" or "one_cycle".
         milestones: finished epochs after which multistep multiplies the rate by gamma.
-        gamma: factor of multistep and step.
+        gamma: factor of multistep and step; of multistep also one for each milestone.
         step_epochs: period of step.
         pct_start: share of one_cycle in which the rate rises.
 
@@ -52,7 +53,7 @@ class Optimisation:
     paper_epochs: int | None = None
     schedule: str = "multistep"
     milestones: Sequence[int] = ()
-    gamma: float = 0.1
+    gamma: float | Sequence[float] = 0.1
     step_epochs: int = 20
     pct_start: float = 0.3
 
@@ -70,6 +71,13 @@ class Optimisation:
             raise ValueError(f"optim.schedule={self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
         if list(self.milestones) != sorted(self.milestones) or any(m < 1 for m in self.milestones):
             raise ValueError(f"optim.milestones={list(self.milestones)}: expected rising epochs, counted from 1")
+        if isinstance(self.gamma, Sequence) and (
+            self.schedule != "multistep" or len(self.gamma) != len(self.milestones)
+        ):
+            raise ValueError(
+                f"optim.gamma={list(self.gamma)}: expected a number, or with schedule=multistep one for each of its "
+                f"{len(self.milestones)} milestones"
+            )
 
     def scaled(self, epochs: float) -> int:
         """A number of epochs of the paper in this run: round(value e / E), at least 1 where the value is at least 1."""
@@ -83,8 +91,12 @@ class Optimisation:
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
         """The schedule of `optimizer`, to be stepped after every epoch."""
         if self.schedule == "multistep":
-            return MultiStepLR(optimizer, [self.scaled(epoch) for epoch in self.milestones], self.gamma)
-        if self.schedule == "step":
+            ends = [self.scaled(epoch) for epoch in self.milestones]
+            if not isinstance(self.gamma, Sequence):
+                return MultiStepLR(optimizer, ends, self.gamma)
+            factors = list(zip(ends, self.gamma, strict=True))
+            return LambdaLR(optimizer, lambda done: math.prod(factor for end, factor in factors if done >= end))
+        if self.schedule == "step" and not isinstance(self.gamma, Sequence):
             return StepLR(optimizer, self.scaled(self.step_epochs), self.gamma)
         if self.schedule == "cosine":
             return CosineAnnealingLR(optimizer, T_max=self.epochs)

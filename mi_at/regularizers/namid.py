@@ -32,7 +32,7 @@ from mi_at.regularizers.base import Context, Regularizer, Views
 
 LAMBDA_TERMS = ("clipped", "paper", "off")
 SELECTIONS = ("current", "reference")
-OBJECTIVES = ("eq5", "eq4", "released")
+OBJECTIVES = ("eq5", "eq4", "eq4_selected", "released")
 INFORMATION = ("both", "natural", "adversarial")
 AUTO = "auto"
 
@@ -95,7 +95,7 @@ class Namid(Regularizer):
         lambda_term: "clipped" | "paper" | "off".
         selection: by the network as it is ("current") or by the reference network ("reference").
         estimators: checkpoint of `defense=mi_estimators`, or "auto": trained first, after their reference network.
-        estimator_objective: "eq5" | "eq4" | "released", of estimators=auto.
+        estimator_objective: "eq5" | "eq4" | "eq4_selected" | "released", of estimators=auto.
         estimator_epochs: 25 (section 4.1), of estimators=auto.
         hsize: width of the estimators; the authors' code has 2048.
         any_reference: allow estimators of another architecture's outputs, as the authors' code does for WRN-34-10.

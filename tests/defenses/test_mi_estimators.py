@@ -15,7 +15,7 @@ from mi_at.regularizers.base import Views
 from tests.references import namid as ref
 from tests.regularizers.test_namid import CLASSES, digits, estimates, labelled, network
 
-OBJECTIVES = ("eq5", "eq4", "released")
+OBJECTIVES = ("eq5", "eq4", "eq4_selected", "released")
 
 
 def ours(values: list[Tensor], right: list[bool], broken: list[bool], objective: str) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ def test_validation_estimates_in_eval_mode() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "eq6"}, r"defense\.objective='eq6': expected one of eq5, eq4, released"),
+        ({"objective": "eq6"}, r"defense\.objective='eq6': expected one of eq5, eq4, eq4_selected, released"),
         ({"hsize": 0}, r"defense\.hsize=0: expected 1 or more"),
         ({"epochs": 0}, r"defense\.epochs=0: expected 1 or more"),
         ({"batch_size": 1}, r"defense\.batch_size=1: expected 2 or more"),

@@ -41,6 +41,22 @@ def test_milestones_of_the_paper_in_a_short_run() -> None:
     assert found == pytest.approx([0.1] * 9 + [0.01] * 2 + [0.001])
 
 
+def test_multistep_with_a_factor_for_each_milestone() -> None:
+    """shared_info Table 3, MMA: .3, .09 after 75 epochs, .003 after 90."""
+    found = rates(SGD(lr=0.3, epochs=120, milestones=[75, 90], gamma=[0.3, 1 / 30]))
+    assert found == pytest.approx([0.3] * 75 + [0.09] * 15 + [0.003] * 30)
+    short = rates(SGD(lr=0.3, epochs=12, paper_epochs=120, milestones=[75, 90], gamma=[0.3, 1 / 30]))
+    assert short == pytest.approx([0.3] * 8 + [0.09] + [0.003] * 3)
+    equal = [rates(SGD(lr=0.1, epochs=9, milestones=[3, 6], gamma=gamma)) for gamma in (0.1, [0.1, 0.1])]
+    assert equal[0] == pytest.approx(equal[1])
+
+
+@pytest.mark.parametrize(("schedule", "gamma"), [("multistep", [0.1]), ("step", [0.1, 0.1])])
+def test_factors_that_no_milestone_has_are_refused(schedule: str, gamma: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"optim\.gamma=\[.*one for each of its 2 milestones"):
+        SGD(lr=0.1, epochs=9, schedule=schedule, milestones=[3, 6], gamma=gamma)
+
+
 def test_step() -> None:
     assert rates(SGD(lr=1.0, epochs=5, schedule="step", step_epochs=2, gamma=0.5)) == [1, 1, 0.5, 0.5, 0.25]
 

@@ -199,6 +199,10 @@ def estimators_terms(
         return {"natural": -mean(natural[0]), "adversarial": -mean(adversarial[1])}
     n, n_adv = (_chosen(values, broken) for values in natural)
     a, a_adv = (_chosen(values, broken) for values in adversarial)
+    if objective == "eq4_selected":
+        return (
+            {"natural": -mean(n), "adversarial": -mean(a_adv)} if any(broken) else {"natural": 0.0, "adversarial": 0.0}
+        )
     if objective == "eq5":
         if not any(broken):
             return {"natural": 0.0, "adversarial": 0.0}

@@ -300,7 +300,10 @@ def test_estimators_for_something_else_are_refused() -> None:
         ({"lambda_mi": float("nan")}, r"regularizer.namid.lambda_mi=nan: expected 0 or more"),
         ({"lambda_term": "clip"}, r"regularizer.namid.lambda_term='clip': expected one of clipped, paper, off"),
         ({"selection": "all"}, r"regularizer.namid.selection='all': expected one of current, reference"),
-        ({"estimator_objective": "eq6"}, r"estimator_objective='eq6': expected one of eq5, eq4, released"),
+        (
+            {"estimator_objective": "eq6"},
+            r"estimator_objective='eq6': expected one of eq5, eq4, eq4_selected, released",
+        ),
         ({"hsize": 0}, r"regularizer.namid.hsize=0: expected 1 or more"),
         ({"estimator_epochs": 0}, r"regularizer.namid.estimator_epochs=0: expected 1 or more"),
     ],
