@@ -66,6 +66,7 @@ LIST: dict[str, list[tuple[str, str, str]]] = {
     "defenses/mi_estimators.py": [
         ('n[ADVERSARIAL].relu() - n["clean"]', 'n["clean"] - n[ADVERSARIAL].relu()', "defenses/test_mi_estimators.py"),
         ('a["clean"].relu() - a[ADVERSARIAL]', 'a["clean"] - a[ADVERSARIAL]', "defenses/test_mi_estimators.py"),
+        ("-selected_mean(estimates, broken)", "-estimates.mean()", "defenses/test_mi_estimators.py"),
     ],
     "defenses/mimae.py": [
         ('terms["mi"] = -lambda_mi', 'terms["mi"] = lambda_mi', "defenses/test_losses.py"),
