@@ -12,7 +12,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.mi_at_sweeper._jobs import run_all, why
 
@@ -44,7 +46,7 @@ class CellsSweeper(BasicSweeper):
             raise RuntimeError("setup() comes first")
         # Here and not above: Hydra imports its plugins at every start, and this brings torch along.
         from mi_at.cells import as_typed
-        from mi_at.io import ERROR, FailedJobError
+        from mi_at.io import ERROR, FailedJobError, explain
         from mi_at.results.tables import key_of, read_table
 
         chosen = self.config.hydra.runtime.choices
@@ -57,9 +59,11 @@ class CellsSweeper(BasicSweeper):
         typed = self.split_arguments(parser.parse_overrides(arguments), None)[0]
         jobs = table.jobs(typed, chosen)
         # Each cell is composed once, so that a misspelt value is known before anything runs.
-        self.validate_batch_is_legal(
-            [list(overrides) for overrides in {job.cell: job.overrides for job in jobs}.values()]
-        )
+        for cell, overrides in {job.cell: job.overrides for job in jobs}.items():
+            try:
+                self.validate_batch_is_legal([list(overrides)])
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ValueError(f"cell {cell}: {explain(error)} (table.rows=[...] says which cells run)") from error
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -77,7 +81,12 @@ class CellsSweeper(BasicSweeper):
             raise FailedJobError
         # How they were launched a report does not take; every value it does.
         path = [override for override in self.config.hydra.overrides.hydra if key_of(override) == "hydra.searchpath"]
-        shown = [*path, *(as_typed(override) for override in arguments if key_of(override) != "launcher")]
-        print(f"\nall {len(jobs)} runs of table {table.name} are finished; what they measured:")
+        # Of several values a report shows one.
+        first = {key_of(override): override for override in typed[0]}
+        several = {key_of(o) for combination in typed for o in combination if o != first[key_of(o)]} - {"seed"}
+        words = [first[key_of(o)] if key_of(o) in several else as_typed(o) for o in arguments]
+        shown = [*path, *(word for word in words if key_of(word) != "launcher")]
+        each = f" with the first {' and '.join(sorted(several))}" if several else ""
+        print(f"\nall {len(jobs)} runs of table {table.name} are finished; what they measured{each}:")
         print(f"  {shlex.join(['python', '-m', 'mi_at.report', *shown])}", flush=True)
         return results

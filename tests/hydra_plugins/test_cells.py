@@ -128,13 +128,27 @@ def test_a_value_is_set_that_the_defaults_lack(tmp_path: Path) -> None:
     assert "Traceback" not in wrong.err
 
 
+def test_of_several_values_the_report_that_is_named_shows_the_first(tmp_path: Path) -> None:
+    write_table(tmp_path, cells={"TRADES": ["defense=trades"]}, seeds=[0])
+    done = sweep(tmp_path, "defense.beta=2,3", "seed=0,1")
+    assert done.code == 0, done.err
+    assert "all 4 runs of table own are finished; what they measured with the first defense.beta:" in done.out
+    said = shlex.split(done.out.splitlines()[-1])[3:]
+    assert {"defense.beta=2", "seed=0,1"} < set(said)
+    shown = command(tmp_path, *said, module="mi_at.report")
+    assert shown.code == 0, shown.err
+    (row,) = (line for line in shown.out.splitlines() if line.startswith("TRADES"))
+    assert "(2)" in row, "both seeds"
+
+
 REFUSED = {
     ("table.rows=[TRADE]",): "table.rows=[TRADE]: table own has TRADES, negative, plain; did you mean TRADES?",
     ("defense=mart",): "defense= cannot be typed beside table=own: its cell TRADES is defense=trades",
     ("cell=TRADES",): "cell= is the table's own",
     ("seed=0,one",): "seed=one: expected a whole number from 0, or several, such as seed=0,1,2",
     ("runs=/dev/null",): "Not a directory: '/dev/null/multirun/",
-    ("defense.bta=1",): "defense.bta",
+    ("defense.bta=1",): "cell TRADES: unknown key defense.bta",
+    ("defense.beta=1",): "cell plain: unknown key defense.beta",
 }
 
 
