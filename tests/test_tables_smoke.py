@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mi_at import report
+from mi_at.results.figures import draw
 from mi_at.results.tables import Cell, Table, key_of, read_table
 from tests.commands import Command, Done
 from tests.conftest import DATA_FILES
@@ -85,6 +86,18 @@ def test_a_whole_small_table(name: str, tmp_path: Path) -> None:
     again = ask(tmp_path, *asked)
     assert again.out.count("(finished)") == len(table.cells)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/record.json")} == records
+
+
+@pytest.mark.realdata("cifar10")
+@pytest.mark.parametrize("name", ["ib_rar_f5", "ncmi_f9"])
+def test_a_figure_of_what_training_leaves_is_drawn(name: str, tmp_path: Path) -> None:
+    """Of files that a run writes beside its record, also in the few steps of a smoke run."""
+    asked = [f"table={name}", "budget=smoke", "seed=0"]
+    ask(tmp_path, *asked)
+    filled = report.report([*asked, f"runs={tmp_path / 'runs'}"], [tmp_path / "runs"])
+    drawn = draw(filled)
+    assert drawn.startswith("<svg")
+    assert "not run" not in drawn
 
 
 @pytest.mark.parametrize("kind", KINDS)
