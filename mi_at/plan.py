@@ -329,7 +329,7 @@ def _configuration(job: Job) -> Config:
         config = io.compose_run(job.overrides)
         checks.check(config)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"cell {job.cell}: {io.explain(error)}") from error
+        raise ValueError(f"cell {job.cell}: {io.explain(error)} (table.rows=[...] says which cells)") from error
     return config
 
 

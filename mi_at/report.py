@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hydra
@@ -22,6 +22,7 @@ from mi_at.cells import MEASURED, bar, compose_table, named_table, split_argumen
 from mi_at.evaluation.outcomes import CLEAN
 from mi_at.results.figures import draw
 from mi_at.results.measured import WITHIN, Filled, Found, Planned, fill, find_records, may_have, worst_of
+from mi_at.results.records import NOT_HASHED
 from mi_at.results.reported import ReportedError, read_reported
 from mi_at.results.site import check_place, write_site
 from mi_at.results.table_text import render
@@ -65,7 +66,14 @@ def _asked(table: Table, overrides: Sequence[str], cfg: DictConfig, typed: Seque
     if len({tuple(part for part in job.overrides if key_of(part) != "seed") for job in jobs}) > len(first):
         raise TableError("a report shows one value of each option: only seed= may have several")
     seeds = tuple(sorted({job.seed for job in jobs})) if "seed" in map(key_of, overrides) else None
+    if values := tuple(override for override in overrides if _changes_cells(key_of(override))):
+        table = replace(table, title=f"{table.title}, with {' '.join(values)}", typed=values)
     return Asked(table, first, seeds, str(cfg.budget), dict(cfg.hydra.runtime.choices))
+
+
+def _changes_cells(key: str) -> bool:
+    """Whether what is typed makes other cells than the table's, not only fewer or smaller ones."""
+    return not any(f"{key}.".startswith(f"{other}.") for other in (*NOT_HASHED, "budget", "seed"))
 
 
 def plan_of(job: Job) -> Planned:
@@ -86,7 +94,7 @@ def plan_of(job: Job) -> Planned:
                 attacks[name + WITHIN] = {**says, "eps": says["within"]}
         attacks |= worst_of(attacks)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"cell {job.cell}: {io.explain(error)}") from error
+        raise ValueError(f"cell {job.cell}: {io.explain(error)} (table.rows=[...] says which cells)") from error
     return Planned(config, attacks)
 
 

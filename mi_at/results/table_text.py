@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io as streams
+import shlex
 from collections.abc import Mapping, Sequence
 
 from mi_at.results.measured import Filled, Line
@@ -147,8 +148,10 @@ def command(filled: Filled, *further: str) -> str:
     """
     table = filled.table
     budget = [] if filled.budget == "paper" else [f"budget={filled.budget}"]
-    rows = [f"'table.rows=[{','.join(table.cells)}]'"] if table.others else []
-    return " ".join([f"python -m mi_at.train -m table={table.name}", *budget, *rows, *further])
+    narrowed = any("table.rows=" in word for word in further)
+    rows = [f"'table.rows=[{','.join(table.cells)}]'"] if table.others and not narrowed else []
+    typed = [shlex.quote(word) for word in table.typed]
+    return " ".join([f"python -m mi_at.train -m table={table.name}", *budget, *rows, *typed, *further])
 
 
 def notes(filled: Filled) -> list[str]:
@@ -215,7 +218,7 @@ def _csv(filled: Filled) -> str:
         number = line.reported
         low, high = (interval(*line.counted) if line.counted else None) or (None, None)
         values = {
-            "table": filled.table.name,
+            "table": " ".join([filled.table.name, *filled.table.typed]),
             "cell": line.cell,
             "row": line.row,
             "dataset": line.dataset,

@@ -98,6 +98,7 @@ class Table:
         may_differ: settings in which a record may differ from its cell; it is shown in a row of its own that says so.
         figure: name of what draws it (`mi_at.results.figures.FIGURES`); None for a table.
         others: its cells that were not asked for, by name.
+        typed: values that all its cells have because they were typed; its title says so.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Table:
     may_differ: tuple[str, ...] = ()
     figure: str | None = None
     others: Mapping[str, Cell] = field(default_factory=dict)
+    typed: tuple[str, ...] = ()
 
     def numbers(self, numbers: Iterable[Reported]) -> dict[str, dict[str, Reported]]:
         """The paper's printed numbers by cell and by the print's name of the attack.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -122,6 +123,18 @@ def test_a_value_is_set_that_the_defaults_lack(tmp_path: Path) -> None:
     assert "another version" not in shown.out
     (row,) = (line.split() for line in shown.out.splitlines() if line.startswith("TRADES"))
     assert row[3] != "-", "its number, not that nothing was run"
+    title = shown.out.splitlines()[0]
+    assert title.startswith("own, with ")
+    assert "regularizer.mi.lambda_mi=0.3" in title, "it is not the paper's table"
+    line = command(tmp_path, *said, "format=csv", module="mi_at.report").out.splitlines()[1]
+    assert re.match(r"own .*regularizer\.mi\.lambda_mi=0\.3,TRADES,", line)
+    assert command(tmp_path, *said, "format=html", module="mi_at.report").code == 0
+    pages = {path.parent.name: path.read_text() for path in (tmp_path / "site").glob("*/*-smoke.html")}
+    pages["runs"] = next((tmp_path / "site/runs").glob("*.html")).read_text()
+    for page in pages.values():
+        commands = re.findall(r"python -m mi_at\.(?:train -m|report) table=own [^<]*", page)
+        assert commands
+        assert all("regularizer.mi.lambda_mi=0.3" in each for each in commands), commands
     wrong = sweep(tmp_path, "regularizer.mi.lambda=0.3")
     assert wrong.code == 1
     assert "unknown key regularizer.mi.lambda" in wrong.err
