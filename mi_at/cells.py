@@ -76,9 +76,19 @@ def typed_words(without: Sequence[str] = ()) -> list[str]:
             said.append(f"{key}={Path(value).name}")
         elif os.path.isfile(value):  # noqa: PTH113  Path.is_file() raises for a list of attacks longer than a file name
             said.append(f"{key}=<file>")
-        elif not any(f"{key.lstrip('+~')}.".startswith(f"{other}.") for other in (*NOT_HASHED, *OF_A_SWEEP, *without)):
+        elif not is_within(key_of(override), (*NOT_HASHED, *OF_A_SWEEP, *without)):
             said.append(override)
     return said
+
+
+def is_within(key: str, sections: Iterable[str]) -> bool:
+    """Whether a key is one of some, or below one.
+
+    Example:
+        >>> is_within("hydra.searchpath", ["hydra"]), is_within("runs", ["run"])
+        (True, False)
+    """
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def bar(items: Collection[Item], what: str) -> Iterable[Item]:
@@ -116,6 +126,8 @@ def left_to_cells(arguments: Sequence[str]) -> list[str]:
     Example:
         >>> left_to_cells(["-m", "table=ncmi_t2", "regularizer.ncmi.alpha=0.2", "seed=0", "attack.eps=4/255,8/255"])
         ['-m', 'table=ncmi_t2', 'regularizer.ncmi.alpha=choice(0.2)', 'seed=0', 'attack.eps=4/255,8/255']
+        >>> left_to_cells(["-m", "table=ib_rar_t4", "regularizer.ib_rar.layers=null"])[2]
+        "regularizer.ib_rar.layers=choice('null')"
     """
     if named_table(arguments) is None or not {"-m", "--multirun"} & set(arguments):
         return list(arguments)
@@ -128,8 +140,6 @@ def as_typed(override: str) -> str:
     Example:
         >>> as_typed("attack.eps=choice(4/255)"), as_typed("attack.eps=choice(4/255,8/255)")
         ('attack.eps=4/255', 'attack.eps=choice(4/255,8/255)')
-        >>> left_to_cells(["-m", "table=ib_rar_t4", "regularizer.ib_rar.layers=null"])[2]
-        "regularizer.ib_rar.layers=choice('null')"
     """
     key, _, value = override.partition("=choice(")
     typed = f"{key}={value.removesuffix(')')}"
@@ -138,7 +148,7 @@ def as_typed(override: str) -> str:
 
 def _as_choice(override: str) -> str:
     key, _, value = override.partition("=")
-    if "." not in key or not value or key.startswith(("-", "~")) or key_of(override).split(".")[0] in OF_THE_COMMAND:
+    if "." not in key or not value or key.startswith(("-", "~")) or is_within(key_of(override), OF_THE_COMMAND):
         return override
     try:
         several = OverridesParser.create().parse_override(override).is_sweep_override()

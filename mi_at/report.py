@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mi_at import checks, io, stages
-from mi_at.cells import MEASURED, bar, compose_table, named_table, split_arguments, table_names, table_of
+from mi_at.cells import MEASURED, bar, compose_table, is_within, named_table, split_arguments, table_names, table_of
 from mi_at.evaluation.outcomes import CLEAN
 from mi_at.results.figures import draw
 from mi_at.results.measured import WITHIN, Filled, Found, Planned, fill, find_records, may_have, worst_of
@@ -30,6 +30,8 @@ from mi_at.results.tables import Job, Table, TableError, key_of
 
 FORMATS = ("terminal", "markdown", "latex", "csv", "html", "svg")
 OF_ALL_TABLES = ("budget", "seed", "runs", "hydra.searchpath")
+OF_THE_SAME_CELLS = (*NOT_HASHED, "budget", "seed")
+"""What leaves a table's cells what they are; every other value that is typed makes other cells."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,9 @@ def _asked(table: Table, overrides: Sequence[str], cfg: DictConfig, typed: Seque
     if len({tuple(part for part in job.overrides if key_of(part) != "seed") for job in jobs}) > len(first):
         raise TableError("a report shows one value of each option: only seed= may have several")
     seeds = tuple(sorted({job.seed for job in jobs})) if "seed" in map(key_of, overrides) else None
-    if values := tuple(override for override in overrides if _changes_cells(key_of(override))):
+    if values := tuple(override for override in overrides if not is_within(key_of(override), OF_THE_SAME_CELLS)):
         table = replace(table, title=f"{table.title}, with {' '.join(values)}", typed=values)
     return Asked(table, first, seeds, str(cfg.budget), dict(cfg.hydra.runtime.choices))
-
-
-def _changes_cells(key: str) -> bool:
-    """Whether what is typed makes other cells than the table's, not only fewer or smaller ones."""
-    return not any(f"{key}.".startswith(f"{other}.") for other in (*NOT_HASHED, "budget", "seed"))
 
 
 def plan_of(job: Job) -> Planned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -96,8 +97,8 @@ class Optimisation:
                 return MultiStepLR(optimizer, ends, self.gamma)
             factors = list(zip(ends, self.gamma, strict=True))
             return LambdaLR(optimizer, lambda done: math.prod(factor for end, factor in factors if done >= end))
-        if self.schedule == "step" and not isinstance(self.gamma, Sequence):
-            return StepLR(optimizer, self.scaled(self.step_epochs), self.gamma)
+        if self.schedule == "step":
+            return StepLR(optimizer, self.scaled(self.step_epochs), cast("float", self.gamma))
         if self.schedule == "cosine":
             return CosineAnnealingLR(optimizer, T_max=self.epochs)
         if self.schedule == "one_cycle":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 from mi_at.results.examples import beside
 from mi_at.results.measured import Found
 from mi_at.results.page_data import Measured
@@ -40,7 +38,7 @@ def _places(site: Site, found: Found) -> Html:
         name = link(filled.table.name, site.table(filled), under=True)
         rows.append([name, row_name(line), attack_name(line), f"{line.values[record.seed]:.2f}", str(line.n)])
         words = [f"table={filled.table.name}", f"table.rows=[{line.cell}]", f"seed={record.seed}"]
-        words += [shlex.quote(word) for word in filled.table.typed]
+        words += filled.table.quoted
         budget = [] if filled.budget == "paper" else [f"budget={filled.budget}"]
         commands[" ".join(["python -m mi_at.train -m", *words, *budget])] = None
     return join(

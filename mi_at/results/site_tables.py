@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from mi_at.evaluation.audit_findings import SEVERITIES
@@ -257,11 +256,13 @@ def _aside(site: Site, filled: Filled) -> Html:
 
 def _commands(filled: Filled) -> Html:
     budget = "" if filled.budget == "paper" else f" budget={filled.budget}"
-    typed = [shlex.quote(word) for word in filled.table.typed]
     rows = next((cell for cell in filled.table.cells if not filled.records.get(cell)), next(iter(filled.table.cells)))
     lines = [
         ("All cells and seeds that have no record yet:", command(filled)),
         ("One row, one seed:", command(filled, f"table.rows=[{rows}]", "seed=0")),
-        ("This table in a terminal:", " ".join([f"python -m mi_at.report table={filled.table.name}{budget}", *typed])),
+        (
+            "This table in a terminal:",
+            " ".join([f"python -m mi_at.report table={filled.table.name}{budget}", *filled.table.quoted]),
+        ),
     ]
     return join([join([tag("p", words), tag("pre", line, class_="command")]) for words, line in lines])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io as streams
-import shlex
 from collections.abc import Mapping, Sequence
 
 from mi_at.results.measured import Filled, Line
@@ -150,8 +149,7 @@ def command(filled: Filled, *further: str) -> str:
     budget = [] if filled.budget == "paper" else [f"budget={filled.budget}"]
     narrowed = any("table.rows=" in word for word in further)
     rows = [f"'table.rows=[{','.join(table.cells)}]'"] if table.others and not narrowed else []
-    typed = [shlex.quote(word) for word in table.typed]
-    return " ".join([f"python -m mi_at.train -m table={table.name}", *budget, *rows, *typed, *further])
+    return " ".join([f"python -m mi_at.train -m table={table.name}", *budget, *rows, *table.quoted, *further])
 
 
 def notes(filled: Filled) -> list[str]:

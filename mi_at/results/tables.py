@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -113,6 +114,11 @@ class Table:
     figure: str | None = None
     others: Mapping[str, Cell] = field(default_factory=dict)
     typed: tuple[str, ...] = ()
+
+    @property
+    def quoted(self) -> list[str]:
+        """`typed`, as a shell takes it."""
+        return [shlex.quote(word) for word in self.typed]
 
     def numbers(self, numbers: Iterable[Reported]) -> dict[str, dict[str, Reported]]:
         """The paper's printed numbers by cell and by the print's name of the attack.
