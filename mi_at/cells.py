@@ -57,10 +57,20 @@ def split_arguments(
         else:
             overrides.append(argument)
     runs = next((o.partition("=")[2] for o in overrides if key_of(o) == "runs"), "runs")
-    folders = [part.strip() for part in options["records"].strip("[]").split(",") if part.strip()]
+    folders = listed(options["records"])
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"records={options['records']}: there is no folder {missing[0]}")
     return options, overrides, folders or [runs, *([] if measured is None else [str(measured)])]
+
+
+def listed(value: str) -> list[str]:
+    """The parts of a list as it is typed.
+
+    Example:
+        >>> listed("[a, b]"), listed("a"), listed("")
+        (['a', 'b'], ['a'], [])
+    """
+    return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
 
 
 def typed_words(without: Sequence[str] = ()) -> list[str]:
@@ -160,8 +170,15 @@ def _as_choice(override: str) -> str:
 
 
 def compose_table(overrides: Sequence[str]) -> tuple[DictConfig, list[list[str]]]:
-    """The configuration of what has one value, and all combinations of what was typed."""
+    """The configuration of what has one value, and all combinations of what was typed.
+
+    Raises:
+        TableError: several tables.
+    """
     parsed = OverridesParser.create().parse_overrides([_as_choice(override) for override in overrides])
+    for override in parsed:
+        if override.key_or_group == "table" and override.is_sweep_override():
+            raise TableError(f"{override.input_line}: one table at a time")
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     cfg = hydra.compose("train", overrides=single, return_hydra_config=True)
     return cfg, BasicSweeper.split_arguments(parsed, None)[0]

@@ -18,7 +18,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mi_at import checks, io, stages
-from mi_at.cells import MEASURED, bar, compose_table, is_within, named_table, split_arguments, table_names, table_of
+from mi_at.cells import (
+    MEASURED,
+    bar,
+    compose_table,
+    is_within,
+    listed,
+    named_table,
+    split_arguments,
+    table_names,
+    table_of,
+)
 from mi_at.evaluation.outcomes import CLEAN
 from mi_at.results.figures import draw
 from mi_at.results.measured import WITHIN, Filled, Found, Planned, fill, find_records, may_have, worst_of
@@ -95,12 +105,13 @@ def plan_of(job: Job) -> Planned:
     return Planned(config, attacks)
 
 
-def report(overrides: Sequence[str], folders: Sequence[str | Path]) -> Filled:
+def report(overrides: Sequence[str], folders: Sequence[str | Path], columns: Sequence[str] | None = None) -> Filled:
     """A table with what was measured of it.
 
     Args:
         overrides: table=<name>, and what else is typed.
         folders: that hold the records.
+        columns: those that are shown, by their names in print or ours; None: all.
 
     Raises:
         TableError, ValueError: as `cells.composed`; also several values of anything but the seed.
@@ -110,7 +121,8 @@ def report(overrides: Sequence[str], folders: Sequence[str | Path]) -> Filled:
         if named_table(overrides) is None:
             raise TableError(f"which table? table= one of {', '.join(table_names())}")
         cfg, typed = compose_table(overrides)
-        asked = _asked(table_of(cfg), overrides, cfg, typed)
+        table = table_of(cfg)
+        asked = _asked(table if columns is None else table.of_columns(columns), overrides, cfg, typed)
         # The first cell always, so that what was typed is checked.
         cells = dict.fromkeys([next(iter(asked.table.cells)), *asked.cells(found)])
         planned = {cell: plan_of(asked.jobs[cell]) for cell in bar(cells, "cells with records")}
@@ -162,22 +174,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(given):
-        print(f"{__doc__}\nformat= {' | '.join(FORMATS)}; records=[folder,...] for other folders of records.")
+        print(
+            f"{__doc__}\nformat= {' | '.join(FORMATS)}; columns=[pgd_20,...] for some of a text's; "
+            "records=[folder,...] for other folders of records."
+        )
         return
     try:
-        options = {"format": "terminal", "records": "", "out": ""}
+        options = {"format": "terminal", "records": "", "out": "", "columns": "all"}
         own, overrides, folders = split_arguments(given, options, measured=_near(MEASURED))
         typed = next((override for override in overrides if key_of(override) == "runs"), None)
         if typed and not Path(typed.partition("=")[2]).is_dir():
             raise TableError(f"{typed}: there is no such folder, and so no records of yours")
         if own["format"] not in FORMATS:
             raise TableError(f"format={own['format']}: expected one of {', '.join(FORMATS)}")
+        columns = None if own["columns"] == "all" else listed(own["columns"])
+        if columns is not None and own["format"] in ("html", "svg"):
+            raise TableError(f"columns={own['columns']}: format={own['format']} shows all; a text may have fewer")
         if own["format"] == "html":
             _write_site(overrides, folders, own["out"] or "site")
         elif own["out"]:
             raise TableError(f"out={own['out']}: only format=html writes files; > {own['out']} keeps a text")
         else:
-            filled = report(overrides, folders)
+            filled = report(overrides, folders, columns)
             print(draw(filled) if own["format"] == "svg" else render(filled, own["format"]), end="")
     except (TableError, ReportedError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

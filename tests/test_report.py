@@ -17,7 +17,7 @@ from mi_at.evaluation.intervals import wilson
 from mi_at.results import table_text
 from mi_at.results.measured import Filled, Line, identity
 from mi_at.results.records import Record, make_record, write_record
-from mi_at.results.tables import TableError
+from mi_at.results.tables import Table, TableError
 from tests.own_table import search, write_table
 from tests.results.makers import evaluation, leaving
 
@@ -324,6 +324,49 @@ def test_every_format_has_every_number(place: Path) -> None:
     assert (rows[0]["reported"], rows[0]["seeds"], rows[0]["budget"]) == ("81.18", "0", "paper")
 
 
+def test_every_format_says_what_the_attacks_are(place: Path) -> None:
+    measured(place, "TRADES")
+    filled = shown(place)
+    fgsm = "fgsm: linf, eps 0.02, 1 step of 0.02, cross entropy"
+    pgd = "pgd_20: linf, eps 0.02, 20 steps of 0.00025, cross entropy"
+    for form in ("terminal", "markdown"):
+        assert {fgsm, pgd} <= {part.removeprefix("- ") for part in report.render(filled, form).splitlines()}, form
+    latex = report.render(filled, "latex").splitlines()
+    assert rf"\par\footnotesize {pgd.replace('_', chr(92) + '_')}" in latex[latex.index(r"\end{tabular}") :]
+    row = list(csv.DictReader(StringIO(report.render(filled, "csv"))))[2]
+    assert (row["norm"], row["eps"], row["steps"], row["step_size"]) == ("linf", "0.02", "20", "0.00025")
+
+
+def test_attacks_of_one_name_are_told_apart() -> None:
+    def number(cell: str, dataset: str, eps: float) -> Line:
+        return Line(
+            cell, cell, dataset, "m", "PGD", "pgd", None, {0: 50.0}, 10_000, (), None, says={"norm": "linf", "eps": eps}
+        )
+
+    lines = [
+        number("a", "mnist", 0.3),
+        number("b", "mnist", 0.3),
+        number("c", "cifar10", 0.5),
+        number("d", "svhn", 0.5),
+    ]
+    table = Table("own", "none", None, "own", (0,), {}, ("pgd",), {})
+    told = {"pgd (mnist)": "linf, eps 0.3", "pgd (cifar10, svhn)": "linf, eps 0.5"}
+    assert table_text.attacks(Filled(table, "paper", lines)) == told
+    lines = [number("a", "mnist", 0.3), number("b", "mnist", 0.2)]
+    assert set(table_text.attacks(Filled(table, "paper", lines))) == {"pgd (a)", "pgd (b)"}
+    assert table_text.attacks(Filled(table, "paper", lines[:1])) == {"pgd": "linf, eps 0.3"}
+
+
+def test_columns_are_chosen_by_either_name(place: Path) -> None:
+    write_table(place, cells=CELLS, seeds=[0], shared=SHARED, columns=COLUMNS, number=5, more=["worst"])
+    for names in (["pgd20", "worst"], ["pgd_20", "worst"]):
+        filled = report.report([search(place), "table=own"], [place / "runs"], names)
+        assert {each.attack for each in filled.lines} <= {"pgd_20", "worst"}
+        assert line(filled, "TRADES", "pgd_20").reported is not None
+    with pytest.raises(TableError, match=r"columns=\[pgd21\]: table own has clean, .*did you mean pgd20"):
+        report.report([search(place), "table=own"], [place / "runs"], ["pgd21"])
+
+
 def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     report.main([search(place), "table=own", "table.rows=[TRADES]", "format=csv"])
@@ -333,6 +376,9 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (): "which table",
         (search(place), "table=own", "format=pdf"): "format=pdf: expected one of terminal, markdown, latex, csv",
         (search(place), "table=own", "table.rows=[TRADEZ]"): "did you mean TRADES",
+        ("table=mimae_t5,mimae_t8",): "table=mimae_t5,mimae_t8: one table at a time",
+        (search(place), "table=own", "columns=[]"): r"columns=\[\]: table own has clean, fgsm",
+        (search(place), "table=own", "columns=[fgsm]", "format=svg"): "format=svg shows all",
         (search(place), "table=own", "table.columns=[pgd99]"): r"table.columns=\[...\]: the table's own; table.rows=",
         (search(place), "table=own", "defense=mart"): "defense= cannot be typed beside table=own",
         (search(place), "table=own", "defense.beta=1,2"): "only seed= may have several",

@@ -85,6 +85,7 @@ class Line:
         audit: the gravest verdict over the seeds; None where none was audited.
         sources: the record of each seed.
         unlike: in what they differ from the cell, as its table allows; the row says which of the differences it is.
+        says: what the attack says of itself; empty where the cell was not composed, having no records.
     """
 
     cell: str
@@ -100,6 +101,7 @@ class Line:
     audit: str | None
     sources: Mapping[int, Path] = field(default_factory=dict)
     unlike: str = ""
+    says: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -373,6 +375,7 @@ def _fill_cell(
                 audit=min(audits, key=SEVERITIES.index, default=None),
                 sources={each.record.seed: each.path for each in records if each.record.seed in rows},
                 unlike=unlike,
+                says=plan.attacks[attack],
             )
         )
 

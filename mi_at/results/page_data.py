@@ -13,7 +13,7 @@ from mi_at.evaluation.intervals import wilson
 from mi_at.evaluation.outcomes import CLEAN, Examples
 from mi_at.functional.geometry import parse_eps
 from mi_at.results.records import AttackRecord, Record, flat
-from mi_at.results.terminal import BARE_FROM, NOT_RUN, format_eps
+from mi_at.results.terminal import BARE_FROM, NOT_RUN, ball
 
 WORST = "worst_of"
 # What else of an attack's description makes two rows different measurements.
@@ -58,10 +58,7 @@ def threat(row: AttackRecord) -> str:
 
     Worded for a heading, such as "linf, eps 8/255".
     """
-    if row.name == CLEAN:
-        return "no attack"
-    norm = row.norm or "no norm"
-    return f"{norm}, no bound" if row.eps is None else f"{norm}, eps {format_eps(row.eps)}"
+    return "no attack" if row.name == CLEAN else ball(row.description)
 
 
 def attacked(record: Record) -> dict[str, list[AttackRecord]]:

@@ -13,7 +13,7 @@ from mi_at.results import page_charts, page_data, page_pictures
 from mi_at.results.page_data import SEVERITIES, Measured, findings, verdict
 from mi_at.results.page_html import Child, Html, document, facts, join, table, tag
 from mi_at.results.records import AttackRecord, Record
-from mi_at.results.terminal import BARE_FROM, NOT_RUN, format_eps
+from mi_at.results.terminal import BARE_FROM, NOT_RUN, format_eps, settings
 
 SIGNS = {"fail": "✕", "warn": "!", "not checked": "–", "info": "i", "pass": "✓"}
 PICTURES = 3_000_000  # bytes of pictures in a page, about: the strongest attack's are always shown
@@ -321,12 +321,12 @@ def _accuracy(record: Record) -> Html:
         if place and len(rows) == 1:
             continue
         shown = [row for row in record.attacks if row.name == CLEAN] if place == 0 else []
-        lines = [bar_row(page_data.title(row), _settings(row), row) for row in (*shown, *rows)]
+        lines = [bar_row(page_data.title(row), settings(row.description), row) for row in (*shown, *rows)]
         parts += [tag("h3", name), tag("figure", bars(lines, f"Accuracy, {name}"))]
         if rows[0].eps is None:
             parts.append(tag("p", NO_BOUND, class_="note"))
     if single:
-        words = [", ".join(filter(None, [page_data.threat(row), _settings(row)])) for row in single]
+        words = [", ".join(filter(None, [page_data.threat(row), settings(row.description)])) for row in single]
         lines = [bar_row(page_data.title(row), detail, row) for row, detail in zip(single, words, strict=True)]
         parts += [tag("h3", "Other budgets"), tag("figure", bars(lines, "Accuracy, other budgets"))]
         if any(row.eps is None for row in single):
@@ -374,26 +374,6 @@ def _why(record: Record, row: AttackRecord, flag: str) -> str:
     members = [other for other in record.attacks if other.name in row.description.get("members", ())]
     sentences = [other.messages[flag] for other in (row, *members) if flag in other.messages]
     return sentences[0] if sentences else "no explanation was recorded."
-
-
-def _settings(row: AttackRecord) -> str:
-    if row.attack == page_data.WORST:
-        return ", ".join(row.description["members"])
-    if row.name == CLEAN:
-        return ""
-    words = []
-    if row.steps is not None:
-        words.append(
-            f"{row.steps} step{'s' * (row.steps != 1)}" + (f" of {format_eps(row.step_size)}" if row.step_size else "")
-        )
-    restarts = row.description.get("restarts")
-    if isinstance(restarts, int) and restarts > 1:
-        words.append(f"{restarts} restarts")
-    if row.description.get("objective"):
-        words.append(str(row.description["objective"]).replace("_", " "))
-    if isinstance(parts := row.description.get("attacks"), list | tuple) and list(parts) != [row.name]:
-        words.append(", ".join(map(str, parts)))
-    return ", ".join(words)
 
 
 # ---------------------------------------------------------------- curves, classes, confusion

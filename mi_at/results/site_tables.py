@@ -15,6 +15,7 @@ from mi_at.results.site_pages import Site, link, way
 from mi_at.results.statistics import mean_interval, p_text
 from mi_at.results.table_text import (
     attack_name,
+    attacks,
     command,
     difference,
     doubts,
@@ -48,6 +49,7 @@ def table_page(site: Site, filled: Filled) -> str:
         "Figure": _figure(filled),
         "Printed and measured": _matrix(site, filled),
         "Every number": _numbers(site, filled),
+        "The attacks": _attacks(filled),
         "Against the baseline": _against(versus, filled.lines),
         "Doubtful in print": _doubts(filled),
         "Records set aside": _aside(site, filled),
@@ -204,6 +206,13 @@ def _interval(values: Iterable[float]) -> str:
         return NOT_RUN
     mean, half = mean_interval(found)
     return f"[{max(0.0, mean - half):.2f}, {min(100.0, mean + half):.2f}]"
+
+
+def _attacks(filled: Filled) -> Html:
+    found = attacks(filled)
+    if not found:
+        return not_run("A cell that was run says what its attacks are.")
+    return table("As the table's evaluation has them", ["attack", "what it is"], [[*item] for item in found.items()])
 
 
 def _against(versus: Mapping[Key, Against], lines: Sequence[Line]) -> Html:

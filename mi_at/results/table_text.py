@@ -6,10 +6,11 @@ import csv
 import io as streams
 from collections.abc import Mapping, Sequence
 
+from mi_at.evaluation.outcomes import CLEAN
 from mi_at.results.measured import Filled, Line
 from mi_at.results.significance import Against, Key, against, key_of_line, missing_baselines
 from mi_at.results.statistics import p_text
-from mi_at.results.terminal import NOT_RUN, columns, interval, interval_text, markdown_row
+from mi_at.results.terminal import NOT_RUN, ball, columns, interval, interval_text, markdown_row, settings
 
 HEADINGS = ("row", "attack", "reported", "measured (seeds)", "n", "difference", "flags", "audit")
 VERSUS = "to the baseline, points [95 %]"
@@ -22,6 +23,10 @@ CSV = (
     "budget",
     "column",
     "attack",
+    "norm",
+    "eps",
+    "steps",
+    "step_size",
     "reported",
     "reported_std",
     "unit",
@@ -42,7 +47,12 @@ CSV = (
     "p",
     "verdict",
 )
-LATEX = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}"}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
 LATEX |= {sign: f"${sign}$" for sign in "<>"}
 Versus = Mapping[Key, Against]
 
@@ -62,9 +72,9 @@ def render(filled: Filled, form: str) -> str:
     versus = against(filled)
     headings = (*HEADINGS, VERSUS) if versus else HEADINGS
     rows = [_cells(line, versus) for line in filled.lines]
-    listed = notes(filled)
     if form == "latex":
-        return _latex(filled, headings, rows, listed)
+        return _latex(filled, headings, rows)
+    listed = notes(filled)
     if form == "markdown":
         rules = ["---" if heading in ("row", "attack", "flags", "audit") else "---:" for heading in headings]
         lines = [markdown_row(row) for row in (headings, rules, *rows)]
@@ -138,6 +148,27 @@ def doubts(filled: Filled) -> dict[str, list[str]]:
     return found
 
 
+def attacks(filled: Filled) -> dict[str, str]:
+    """What each attack is, in words, as far as a cell with records tells; told apart where it is not one for all."""
+    found: dict[str, dict[str, list[Line]]] = {}
+    for line in filled.lines:
+        if line.says and line.attack != CLEAN:
+            words = ", ".join(filter(None, [ball(line.says), settings(line.says)]))
+            found.setdefault(line.attack, {}).setdefault(words, []).append(line)
+    return {
+        name if len(ways) == 1 else f"{name} ({_whose(lines, ways)})": words
+        for name, ways in found.items()
+        for words, lines in ways.items()
+    }
+
+
+def _whose(lines: Sequence[Line], ways: Mapping[str, Sequence[Line]]) -> str:
+    """The data sets of some of an attack's numbers; the cells where a data set has numbers of several ways."""
+    datasets = {line.dataset for line in lines}
+    others = {line.dataset for way in ways.values() if way is not lines for line in way}
+    return ", ".join(dict.fromkeys(line.cell if datasets & others else line.dataset for line in lines))
+
+
 def command(filled: Filled, *further: str) -> str:
     """What runs the table at its budget.
 
@@ -153,8 +184,19 @@ def command(filled: Filled, *further: str) -> str:
 
 
 def notes(filled: Filled) -> list[str]:
-    """What is doubtful in the print, what nothing was run for, and which records are not shown."""
-    listed = [f"* {note} ({', '.join(places)})" for note, places in doubts(filled).items()]
+    """What the attacks are, what is doubtful in the print, what nothing was run for, which records are not shown."""
+    return [*_explained(filled), *_missing(filled)]
+
+
+def _explained(filled: Filled) -> list[str]:
+    """What a reader of the numbers needs."""
+    listed = [f"{name}: {words}" for name, words in attacks(filled).items()]
+    return [*listed, *(f"* {note} ({', '.join(places)})" for note, places in doubts(filled).items())]
+
+
+def _missing(filled: Filled) -> list[str]:
+    """What is of this machine and this moment."""
+    listed = []
     if hidden := missing_baselines(filled):
         listed.append(f"not compared with what was not asked for: {', '.join(hidden)}")
     if not any(line.values for line in filled.lines):
@@ -183,7 +225,9 @@ def _without_repetition(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     return shown
 
 
-def _latex(filled: Filled, headings: Sequence[str], rows: Sequence[Sequence[str]], listed: Sequence[str]) -> str:
+def _latex(filled: Filled, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its footnotes; what concerns this machine alone as comments before it."""
+
     def text(words: str) -> str:
         return "".join(LATEX.get(sign, sign) for sign in words).replace("+-", r"$\pm$")
 
@@ -192,13 +236,14 @@ def _latex(filled: Filled, headings: Sequence[str], rows: Sequence[Sequence[str]
     return (
         "\n".join(
             [
-                *(f"% {note}" for note in listed),
+                *(f"% {note}" for note in _missing(filled)),
                 r"\begin{table}",
                 rf"\caption{{{text(title(filled))}}}",
                 rf"\begin{{tabular}}{{{columns}}}",
                 " & ".join(text(heading) for heading in headings) + r" \\ \hline",
                 *body,
                 r"\end{tabular}",
+                *(rf"\par\footnotesize {text(note)}" for note in _explained(filled)),
                 r"\end{table}",
             ]
         )
@@ -224,6 +269,7 @@ def _csv(filled: Filled) -> str:
             "budget": filled.budget,
             "column": line.column,
             "attack": line.attack,
+            **{name: line.says.get(name) for name in ("norm", "eps", "steps", "step_size")},
             "reported": number.value if number else None,
             "reported_std": number.std if number else None,
             "unit": number.unit if number else "percent",

@@ -7,7 +7,7 @@ import fnmatch
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mi_at.results.reported import NO_PAPER, PAPERS, Reported
@@ -119,6 +119,24 @@ class Table:
     def quoted(self) -> list[str]:
         """`typed`, as a shell takes it."""
         return [shlex.quote(word) for word in self.typed]
+
+    def of_columns(self, names: Sequence[str]) -> Table:
+        """The table with some of its columns.
+
+        Args:
+            names: as printed or as ours.
+
+        Raises:
+            TableError: no names, or one that it has not.
+        """
+        known = list(dict.fromkeys([*self.columns, *self.columns.values(), *self.more]))
+        for name in names or [""]:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                guess = f"; did you mean {near[0]}?" if near else ""
+                raise TableError(f"columns=[{name}]: table {self.name} has {', '.join(known)}{guess}")
+        columns = {printed: attack for printed, attack in self.columns.items() if {printed, attack} & set(names)}
+        return replace(self, columns=columns, more=tuple(attack for attack in self.more if attack in names))
 
     def numbers(self, numbers: Iterable[Reported]) -> dict[str, dict[str, Reported]]:
         """The paper's printed numbers by cell and by the print's name of the attack.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
-from typing import TextIO
+from typing import Any, TextIO
 
 from mi_at.evaluation.intervals import wilson
 from mi_at.evaluation.outcomes import CLEAN
@@ -191,6 +191,40 @@ def format_eps(eps: float | str) -> str:
     if round(levels) and abs(levels - round(levels)) < 1e-5:
         return f"{round(levels)}/255"
     return f"{value:.4g}"
+
+
+def ball(says: Mapping[str, Any]) -> str:
+    """What an attack may do, by what it says of itself.
+
+    Example:
+        >>> ball({"norm": "linf", "eps": 8 / 255}), ball({"norm": "l2", "eps": None})
+        ('linf, eps 8/255', 'l2, no bound')
+    """
+    norm, eps = says.get("norm") or "no norm", says.get("eps")
+    return f"{norm}, no bound" if eps is None else f"{norm}, eps {format_eps(eps)}"
+
+
+def settings(says: Mapping[str, Any]) -> str:
+    """What it does within its ball; empty where nothing is attacked.
+
+    Example:
+        >>> settings({"steps": 20, "step_size": 2 / 255, "restarts": 10, "objective": "cross_entropy"})
+        '20 steps of 2/255, 10 restarts, cross entropy'
+    """
+    if "members" in says:
+        return ", ".join(says["members"])
+    words = []
+    if (steps := says.get("steps")) is not None:
+        step = says.get("step_size")
+        words.append(f"{steps} step{'s' * (steps != 1)}" + (f" of {format_eps(step)}" if step else ""))
+    restarts = says.get("restarts")
+    if isinstance(restarts, int) and restarts > 1:
+        words.append(f"{restarts} restarts")
+    if says.get("objective"):
+        words.append(str(says["objective"]).replace("_", " "))
+    if isinstance(parts := says.get("attacks"), list | tuple) and list(parts) != [says.get("name")]:
+        words.append(", ".join(map(str, parts)))
+    return ", ".join(words)
 
 
 def _sentence(text: str) -> str:

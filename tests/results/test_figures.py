@@ -193,8 +193,20 @@ def test_epochs_come_from_what_training_wrote(tmp_path: Path) -> None:
     makers.probed(made, "cw_inf_40", epochs=5)
     lines = [line.attrib["points"].split() for line in root_of(made).iter(f"{SVG}polyline")]
     assert [len(line) for line in lines] == [5, 5, 5, 5]
+    in_legend = 2
+    assert len(list(root_of(made).iter(f"{SVG}circle"))) == 20 + in_legend
+    makers.probed(made, "cw_inf_40", epochs=40)
+    assert len(list(root_of(made).iter(f"{SVG}circle"))) == in_legend, "a line of many epochs needs no marks"
+    makers.probed(made, "cw_inf_40", epochs=5)
     (tmp_path / "ours-s0" / "probe.jsonl").unlink()
     assert "ours: " in " ".join(words_of(root_of(made)))
+
+
+@pytest.mark.parametrize(
+    ("values", "low"), [([0.0, 0.0], 0.0), ([0.1, 10.0], 0.0), ([20.0, 60.0], 18.0), ([-1.0, 1.0], -1.1)]
+)
+def test_a_scale_goes_below_zero_only_where_a_value_does(values: list[float], low: float) -> None:
+    assert canvas.scale_of("accuracy, %", values).low == pytest.approx(low)
 
 
 def test_a_record_of_another_evaluation_lies_deeper(tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ def test_a_table_shows_printed_measured_and_their_difference(made: Made) -> None
     assert "python -m mi_at.train -m table=own budget=smoke table.rows=[mimae] seed=0" in text
 
 
+def test_a_table_says_what_its_attacks_are(made: Made) -> None:
+    text = made.pages["tables/own-smoke.html"].text
+    assert "pgd_20 linf, eps 0.02, 20 steps of 0.00025, cross entropy" in text[text.index("The attacks") :]
+
+
 def test_what_is_not_shown_is_named(made: Made) -> None:
     text = made.pages["tables/own-smoke.html"].text
     assert "another version of trades: runs/other/record.json: defense.beta 9.0 (now 6.0)" in text

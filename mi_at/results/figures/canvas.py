@@ -63,7 +63,7 @@ def scale_of(
     logarithmic: bool = False,
     marked: Sequence[tuple[float, str]] = (),
 ) -> Scale:
-    """A scale with a little air around some values.
+    """A scale with a little air around some values, none of it below 0 where no value is.
 
     Args:
         label: what they are.
@@ -83,7 +83,8 @@ def scale_of(
         air = (high / low) ** 0.04 if high > low else 2.0
         return Scale(label, low / air, high * air, True, tuple(marked))
     air = 0.05 * (high - min(low, 0.0) if zero else high - low) or max(abs(high), 1.0) * 0.05
-    return Scale(label, min(low, 0.0) if zero else low - air, high + air, False, tuple(marked))
+    bottom = 0.0 if low >= 0 and (zero or low < air) else low if zero else low - air
+    return Scale(label, bottom, high + air, False, tuple(marked))
 
 
 @dataclass(frozen=True)

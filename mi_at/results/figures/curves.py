@@ -14,6 +14,7 @@ from mi_at.results.tables import Cell
 
 ACCURACY = "accuracy, %"
 HEIGHT = 150  # of a panel, in units
+FEW = 12  # epochs, each of which has a mark
 HELD_OUT = "on the validation images, which are held out of the training set; of the first seed"
 
 
@@ -211,7 +212,7 @@ def training_curves(filled: Filled) -> Drawing:
         lines = {place: dots for place, dots in lines.items() if dots}
         if lines:
             up = scale_of(label, [dot.y for dots in lines.values() for dot in dots])
-            several.append(Plot(key, lines, _epochs(lines), up, marks=False))
+            several.append(Plot(f"under {attack}", lines, _epochs(lines), up, marks=_few(lines)))
     drawn = plots(several)
     drawn.names, drawn.missing = list(rows), missing
     drawn.notes.append(HELD_OUT)
@@ -230,7 +231,7 @@ def natural_and_robust_over_epochs(filled: Filled) -> Drawing:
             lines = {place: [Dot(line["epoch"], line[name]) for line in own] for place, name in enumerate(attacks)}
             if own:
                 up = Scale(ACCURACY, 0, 100)
-                several.append(Plot(row, lines, _epochs(lines), up, marks=False))
+                several.append(Plot(row, lines, _epochs(lines), up, marks=_few(lines)))
     drawn = plots(several, height=110)
     drawn.names, drawn.missing = attacks, missing
     drawn.notes.append(HELD_OUT)
@@ -241,6 +242,10 @@ def natural_and_robust_over_epochs(filled: Filled) -> Drawing:
 def _epochs(lines: Mapping[int, Sequence[Dot]]) -> Scale:
     last = max(dot.x for dots in lines.values() for dot in dots)
     return Scale("epoch", 0.0, last)
+
+
+def _few(lines: Mapping[int, Sequence[Dot]]) -> bool:
+    return max(map(len, lines.values())) <= FEW
 
 
 # ---------------------------------------------------------------- over attacks
