@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def split_arguments(
         The own options, the overrides, and the folders that hold records.
 
     Raises:
-        ValueError: a folder of `records` that does not exist.
+        ValueError: a misspelt option, or a folder of `records` that does not exist.
 
     Example:
         >>> split_arguments(["seed=0", "format=csv", "records=[.]"], {"format": "terminal", "records": ""})
@@ -54,12 +55,20 @@ def split_arguments(
         key, equals, value = argument.partition("=")
         if key in own and equals:
             options[key] = value
+        elif near := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
+            raise ValueError(f"{argument}: unknown; did you mean {near[0]}=?")
         else:
             overrides.append(argument)
     runs = next((o.partition("=")[2] for o in overrides if key_of(o) == "runs"), "runs")
     folders = listed(options["records"])
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
-        raise ValueError(f"records={options['records']}: there is no folder {missing[0]}")
+        first = Path(missing[0])
+        way = (
+            f"{first} is a file; its folder is wanted, {first.parent}"
+            if first.is_file()
+            else f"there is no folder {first}"
+        )
+        raise ValueError(f"records={options['records']}: {way}")
     return options, overrides, folders or [runs, *([] if measured is None else [str(measured)])]
 
 
@@ -70,7 +79,7 @@ def listed(value: str) -> list[str]:
         >>> listed("[a, b]"), listed("a"), listed("")
         (['a', 'b'], ['a'], [])
     """
-    return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+    return [part.strip(" '\"") for part in value.strip("[]").split(",") if part.strip()]
 
 
 def typed_words(without: Sequence[str] = ()) -> list[str]:

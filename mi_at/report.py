@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -92,6 +93,10 @@ def plan_of(job: Job) -> Planned:
     try:
         config = io.compose_run(job.overrides)
         checks.check(config)
+        with torch.device("meta"):
+            io.build_defense(config, io.build_net(config["model"]))
+        for part in ("attack", "optim"):
+            io.build(part, config[part])
         config = stages.identify(config)
         attacks = {CLEAN: {"attack": CLEAN}}
         for name, attack in io.build_attacks(config["evaluation"]).items():
@@ -111,7 +116,7 @@ def report(overrides: Sequence[str], folders: Sequence[str | Path], columns: Seq
     Args:
         overrides: table=<name>, and what else is typed.
         folders: that hold the records.
-        columns: those that are shown, by their names in print or ours; None: all.
+        columns: those that are shown, as `Filled.of_columns` takes them; None: all.
 
     Raises:
         TableError, ValueError: as `cells.composed`; also several values of anything but the seed.
@@ -121,14 +126,13 @@ def report(overrides: Sequence[str], folders: Sequence[str | Path], columns: Seq
         if named_table(overrides) is None:
             raise TableError(f"which table? table= one of {', '.join(table_names())}")
         cfg, typed = compose_table(overrides)
-        table = table_of(cfg)
-        asked = _asked(table if columns is None else table.of_columns(columns), overrides, cfg, typed)
+        asked = _asked(table_of(cfg), overrides, cfg, typed)
         # The first cell always, so that what was typed is checked.
         cells = dict.fromkeys([next(iter(asked.table.cells)), *asked.cells(found)])
         planned = {cell: plan_of(asked.jobs[cell]) for cell in bar(cells, "cells with records")}
     filled = asked.filled(planned, found)
     filled.aside += damaged
-    return filled
+    return filled if columns is None else filled.of_columns(columns)
 
 
 def reports(overrides: Sequence[str], found: Sequence[Found]) -> list[Filled]:

@@ -327,8 +327,8 @@ def test_every_format_has_every_number(place: Path) -> None:
 def test_every_format_says_what_the_attacks_are(place: Path) -> None:
     measured(place, "TRADES")
     filled = shown(place)
-    fgsm = "fgsm: linf, eps 0.02, 1 step of 0.02, cross entropy"
-    pgd = "pgd_20: linf, eps 0.02, 20 steps of 0.00025, cross entropy"
+    fgsm = "fgsm: linf, eps 0.02, 1 step of 0.02, cross entropy, from the image"
+    pgd = "pgd_20: linf, eps 0.02, 20 steps of 0.00025, cross entropy, uniform start"
     for form in ("terminal", "markdown"):
         assert {fgsm, pgd} <= {part.removeprefix("- ") for part in report.render(filled, form).splitlines()}, form
     latex = report.render(filled, "latex").splitlines()
@@ -367,6 +367,36 @@ def test_columns_are_chosen_by_either_name(place: Path) -> None:
         report.report([search(place), "table=own"], [place / "runs"], ["pgd21"])
 
 
+def test_legends_stand_where_they_are_needed(place: Path) -> None:
+    result = measured(place, "TRADES", name="a")
+    shown_once = report.render(shown(place), "terminal")
+    assert "\nmeasured: % of n images" in shown_once, "n 40 has an interval"
+    assert "to the baseline" not in shown_once
+    reach = next(row for row in result.attacks if "reach" in row.flags)
+    said = [text for text in shown_once.splitlines() if text.startswith("reach: ")]
+    assert said == [f"reach: {reach.messages['reach']} (TRADES, {reach.name})"]
+
+
+def test_a_flag_of_some_seeds_says_which(place: Path) -> None:
+    measured(place, "TRADES", "seed=0", name="a")
+    record = measured(place, "TRADES", "seed=1", name="b")
+    path = place / "runs/b/record.json"
+    path.with_suffix(".npz").unlink()
+    flagged = replace(record["fgsm"], flags=("no_gradient",))
+    write_record(path, with_row(record, flagged))
+    assert line(shown(place), "TRADES", "fgsm").flags == ("no_gradient (seed 1)",)
+    assert line(shown(place, "seed=1"), "TRADES", "fgsm").flags == ("no_gradient",)
+
+
+def test_seeds_that_are_asked_for_and_not_there_are_named(place: Path) -> None:
+    measured(place, "TRADES", "seed=0")
+    run = "python -m mi_at.train -m table=own"
+    assert table_text.notes(shown(place, "seed=7"))[-1].endswith(f"was run at budget paper, seed 7: {run} seed=7")
+    both = table_text.notes(shown(place, "seed=0,7"))
+    assert f"seed 0 was not run: MART, MIMAE-AT: {run} seed=0,7" in both
+    assert f"seed 7 was not run: TRADES, MART, MIMAE-AT: {run} seed=0,7" in both
+
+
 def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     report.main([search(place), "table=own", "table.rows=[TRADES]", "format=csv"])
@@ -378,6 +408,9 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (search(place), "table=own", "table.rows=[TRADEZ]"): "did you mean TRADES",
         ("table=mimae_t5,mimae_t8",): "table=mimae_t5,mimae_t8: one table at a time",
         (search(place), "table=own", "columns=[]"): r"columns=\[\]: table own has clean, fgsm",
+        (search(place), "table=own", "colums=[fgsm]"): r"colums=\[fgsm\]: unknown; did you mean columns=",
+        (search(place), "table=own", "attack.eps=abc"): "cell TRADES: attack.eps='abc': expected a number",
+        (search(place), "table=own", "optim.lr=-1"): "cell TRADES: optim.lr=-1",
         (search(place), "table=own", "columns=[fgsm]", "format=svg"): "format=svg shows all",
         (search(place), "table=own", "table.columns=[pgd99]"): r"table.columns=\[...\]: the table's own; table.rows=",
         (search(place), "table=own", "defense=mart"): "defense= cannot be typed beside table=own",
@@ -386,6 +419,7 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (search(place), "table=own", "table.rows=[]"): r"rows=\[\]: leave it out for all rows",
         (search(place), "table=own", "seed=one"): "seed=one: expected a whole number",
         (search(place), "table=own", "runs=nowhere"): "runs=nowhere: there is no such folder",
+        (search(place), "table=own", "records=[conf/table/own.yaml]"): "is a file; its folder is wanted, conf/table",
         (search(place), "table=own", "records=[runs,nowhere]"): r"records=\[runs,nowhere\]: there is no folder nowhere",
     }.items():
         with pytest.raises(SystemExit, match=said):

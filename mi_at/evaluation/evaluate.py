@@ -492,10 +492,8 @@ def _result(
         if description.get("fallback"):
             flags["fallback"] = str(description["fallback"])
         if not says(attack, "minimum_norm") and out_of_reach(description):
-            flags["reach"] = (
-                f"{description['steps']} steps of {description['step_size']} cannot cross a ball"
-                f" of eps {description['eps']}"
-            )
+            steps = f"{description['steps']} step{'s' * (description['steps'] != 1)}"
+            flags["reach"] = f"{steps} of {description['step_size']} cannot cross a ball of eps {description['eps']}"
         row = AttackResult(
             name=name,
             description=description,

@@ -27,7 +27,7 @@ from mi_at.results.records import (
     seed_keys,
 )
 from mi_at.results.reported import Reported
-from mi_at.results.tables import Cell, Table, TableError, key_of
+from mi_at.results.tables import Cell, Table, TableError, key_of, near_to
 
 RECORD = "record.json"
 WITHIN = " within"
@@ -135,6 +135,7 @@ class Filled:
         lines: in the order of cells and columns.
         aside: records that are not in it, a sentence each.
         records: those that are, by cell and in the order of seeds.
+        seeds: that were asked for; None for all.
     """
 
     table: Table
@@ -142,6 +143,28 @@ class Filled:
     lines: list[Line] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
     records: dict[str, list[Found]] = field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+
+    def of_columns(self, names: Sequence[str]) -> Filled:
+        """The table with some of its columns.
+
+        Args:
+            names: of attacks, ours, else as printed.
+
+        Raises:
+            TableError: no names, or one that it has not.
+        """
+        ours, printed = ({getattr(line, what): None for line in self.lines} for what in ("attack", "column"))
+        for name in names or [""]:
+            if name not in ours | printed:
+                known = list(ours | printed)
+                raise TableError(
+                    f"columns=[{name}]: table {self.table.name} has {', '.join(known)}{near_to(name, known)}"
+                )
+        wanted = [
+            line for line in self.lines if line.attack in names or (line.column in names and line.column not in ours)
+        ]
+        return replace(self, lines=wanted)
 
 
 def worst_of(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -231,7 +254,7 @@ def fill(
         raise TableError(
             f"table {table.name}: cells of budget {' and '.join(sorted(budgets))}: a table never mixes them"
         )
-    filled = Filled(table, budgets.pop() if budgets else budget)
+    filled = Filled(table, budgets.pop() if budgets else budget, seeds=None if seeds is None else tuple(seeds))
     of = {name: identity(plan.config, table.may_differ) for name, plan in planned.items()}
     known = set(of.values())
     hashes = [identity(each.record.config, table.may_differ) if table.may_differ else each.identity for each in found]
@@ -348,13 +371,13 @@ def _fill_cell(
         rows: dict[int, AttackRecord] = {}
         audits = []
         for each in records:
-            row = _row_of(each.record, attack)
+            row = row_of(each.record, attack)
             if wrong := _unlike(row, attack, plan, each.record):
                 filled.aside.append(f"refused: {each.path}: {attack}: {wrong}")
             elif row is not None:
                 rows[each.record.seed] = row
                 audits += [each.record.audit["verdict"]] if each.record.audit else []
-        flags = [flag for row in rows.values() for flag in row.flags]
+        flags = [flag + _of_seeds(flag, rows) for row in rows.values() for flag in row.flags]
         flags += [
             f"{each.record.processes} processes"
             for each in records
@@ -380,7 +403,13 @@ def _fill_cell(
         )
 
 
-def _row_of(record: Record, attack: str) -> AttackRecord | None:
+def _of_seeds(flag: str, rows: Mapping[int, AttackRecord]) -> str:
+    """Which seeds have a flag, unless all have it."""
+    having = [str(seed) for seed, row in rows.items() if flag in row.flags]
+    return "" if len(having) == len(rows) else f" (seed {', '.join(having)})"
+
+
+def row_of(record: Record, attack: str) -> AttackRecord | None:
     """A record's row of an attack; of `WORST` the worst case over the most attacks."""
     if attack == WORST:
         unions = [row for row in record.attacks if row.attack == WORST_OF]

@@ -53,6 +53,11 @@ def title(row: AttackRecord) -> str:
     return f"worst of {len(row.description['members'])} attacks" if row.attack == WORST else row.name
 
 
+def bounded(row: AttackRecord) -> bool:
+    """Whether its attack may move an image by no more than so much; of the clean images too."""
+    return row.name == CLEAN or row.eps is not None or row.description.get("budget") is not None
+
+
 def threat(row: AttackRecord) -> str:
     """A row's norm and eps, in words.
 

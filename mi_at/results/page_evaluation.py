@@ -323,13 +323,13 @@ def _accuracy(record: Record) -> Html:
         shown = [row for row in record.attacks if row.name == CLEAN] if place == 0 else []
         lines = [bar_row(page_data.title(row), settings(row.description), row) for row in (*shown, *rows)]
         parts += [tag("h3", name), tag("figure", bars(lines, f"Accuracy, {name}"))]
-        if rows[0].eps is None:
+        if not page_data.bounded(rows[0]):
             parts.append(tag("p", NO_BOUND, class_="note"))
     if single:
         words = [", ".join(filter(None, [page_data.threat(row), settings(row.description)])) for row in single]
         lines = [bar_row(page_data.title(row), detail, row) for row, detail in zip(single, words, strict=True)]
         parts += [tag("h3", "Other budgets"), tag("figure", bars(lines, "Accuracy, other budgets"))]
-        if any(row.eps is None for row in single):
+        if not all(map(page_data.bounded, single)):
             parts.append(tag("p", NO_BOUND, class_="note"))
     if not parts:
         parts.append(tag("figure", bars([bar_row(row.name, "", row) for row in record.attacks], "Accuracy")))

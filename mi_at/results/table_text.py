@@ -7,13 +7,22 @@ import io as streams
 from collections.abc import Mapping, Sequence
 
 from mi_at.evaluation.outcomes import CLEAN
-from mi_at.results.measured import Filled, Line
+from mi_at.results.measured import Filled, Line, row_of
 from mi_at.results.significance import Against, Key, against, key_of_line, missing_baselines
 from mi_at.results.statistics import p_text
+from mi_at.results.tables import key_of
 from mi_at.results.terminal import NOT_RUN, ball, columns, interval, interval_text, markdown_row, settings
 
 HEADINGS = ("row", "attack", "reported", "measured (seeds)", "n", "difference", "flags", "audit")
 VERSUS = "to the baseline, points [95 %]"
+MEASURED = (
+    "measured: % of n images that are right, mean over the seeds (how many) +- their standard deviation; in brackets "
+    "the 95 % interval over the images alone, below 1,000 of them"
+)
+COMPARED = (
+    "to the baseline: this row minus it, over the seeds that both have, with Student's t interval; p by Holm's rule "
+    "over the methods of a column; better or worse where p is below 0.05 and the interval leaves 0 out"
+)
 CSV = (
     "table",
     "cell",
@@ -178,9 +187,11 @@ def command(filled: Filled, *further: str) -> str:
     """
     table = filled.table
     budget = [] if filled.budget == "paper" else [f"budget={filled.budget}"]
-    narrowed = any("table.rows=" in word for word in further)
-    rows = [f"'table.rows=[{','.join(table.cells)}]'"] if table.others and not narrowed else []
-    return " ".join([f"python -m mi_at.train -m table={table.name}", *budget, *rows, *table.quoted, *further])
+    own = {"table.rows": f"'table.rows=[{','.join(table.cells)}]'"} if table.others else {}
+    if filled.seeds is not None:
+        own["seed"] = f"seed={','.join(map(str, filled.seeds))}"
+    kept = [word for key, word in own.items() if key not in map(key_of, further)]
+    return " ".join([f"python -m mi_at.train -m table={table.name}", *budget, *kept, *table.quoted, *further])
 
 
 def notes(filled: Filled) -> list[str]:
@@ -190,18 +201,46 @@ def notes(filled: Filled) -> list[str]:
 
 def _explained(filled: Filled) -> list[str]:
     """What a reader of the numbers needs."""
-    listed = [f"{name}: {words}" for name, words in attacks(filled).items()]
+    listed = []
+    if any(line.std is not None or few_images(line) for line in filled.lines):
+        listed.append(MEASURED)
+    if against(filled):
+        listed.append(COMPARED)
+    listed += [f"{name}: {words}" for name, words in attacks(filled).items()]
+    listed += [f"{flag}: {sentence}" for flag, sentence in _flags(filled).items()]
     return [*listed, *(f"* {note} ({', '.join(places)})" for note, places in doubts(filled).items())]
+
+
+def _flags(filled: Filled) -> dict[str, str]:
+    """What each flag says of the first number that has it, and of how many more it is said."""
+    said: dict[str, list[str]] = {}
+    for line in filled.lines:
+        for found in filled.records.get(line.cell, ()):
+            row = row_of(found.record, line.attack)
+            if row is None or found.path not in line.sources.values():
+                continue
+            for flag in row.flags:
+                said.setdefault(flag, []).append(f"{row.messages.get(flag, '')} ({line.cell}, {line.attack})".strip())
+    return {
+        flag: places[0] + (f", and {len(places) - 1} more" if len(places) > 1 else "") for flag, places in said.items()
+    }
 
 
 def _missing(filled: Filled) -> list[str]:
     """What is of this machine and this moment."""
     listed = []
     if hidden := missing_baselines(filled):
-        listed.append(f"not compared with what was not asked for: {', '.join(hidden)}")
-    if not any(line.values for line in filled.lines):
-        what = "these rows" if filled.table.others else "this table"
-        listed.append(f"nothing of {what} was run at budget {filled.budget}: {command(filled)}")
+        listed.append(f"no difference to {', '.join(hidden)}: table.rows leaves out what others are compared with")
+    table = filled.table
+    run = any(filled.records.values()) or any(line.values for line in filled.lines)
+    seeds = "" if filled.seeds is None else f", seed {', '.join(map(str, filled.seeds))}"
+    if not run:
+        what = "these rows" if table.others else "this table"
+        listed.append(f"nothing of {what} was run at budget {filled.budget}{seeds}: {command(filled)}")
+    for seed in filled.seeds or () if run else ():
+        lacking = [cell for cell in table.cells if seed not in {e.record.seed for e in filled.records.get(cell, ())}]
+        if lacking:
+            listed.append(f"seed {seed} was not run: {', '.join(lacking)}: {command(filled)}")
     return [*listed, *filled.aside]
 
 

@@ -7,7 +7,7 @@ import fnmatch
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mi_at.results.reported import NO_PAPER, PAPERS, Reported
@@ -120,24 +120,6 @@ class Table:
         """`typed`, as a shell takes it."""
         return [shlex.quote(word) for word in self.typed]
 
-    def of_columns(self, names: Sequence[str]) -> Table:
-        """The table with some of its columns.
-
-        Args:
-            names: as printed or as ours.
-
-        Raises:
-            TableError: no names, or one that it has not.
-        """
-        known = list(dict.fromkeys([*self.columns, *self.columns.values(), *self.more]))
-        for name in names or [""]:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                guess = f"; did you mean {near[0]}?" if near else ""
-                raise TableError(f"columns=[{name}]: table {self.name} has {', '.join(known)}{guess}")
-        columns = {printed: attack for printed, attack in self.columns.items() if {printed, attack} & set(names)}
-        return replace(self, columns=columns, more=tuple(attack for attack in self.more if attack in names))
-
     def numbers(self, numbers: Iterable[Reported]) -> dict[str, dict[str, Reported]]:
         """The paper's printed numbers by cell and by the print's name of the attack.
 
@@ -205,6 +187,17 @@ class Table:
         fixed = [f"table.name={self.name}", f"cell={cell.name}"]
         kept = ["resume=true", f"tags=[{self.name},{cell.name}]"]
         return Job(cell.name, tuple(last_of_each([*fixed, *cell.overrides, *kept, *typed])))
+
+
+def near_to(word: str, words: Sequence[str]) -> str:
+    """The end of a message about a word that is none of some: the one that was meant, perhaps.
+
+    Example:
+        >>> near_to("pgd20", ["clean", "pgd_20"]), near_to("fgsm", ["clean"])
+        ('; did you mean pgd_20?', '')
+    """
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def key_of(override: str) -> str:
@@ -328,8 +321,7 @@ def _chosen(table: str, cells: Mapping[str, Cell], rows: Any) -> dict[str, Cell]
         ]
         if not fitting:
             words = [*cells, *(cell.row for cell in cells.values())]
-            near = difflib.get_close_matches(wanted, words, n=1)
-            guess = f"; did you mean {near[0]}?" if near else ""
-            raise TableError(f"table.rows=[{wanted}]: table {table} has {', '.join(cells)}{guess}")
+            there = [name if cell.row == name else f"{name} ({cell.row})" for name, cell in cells.items()]
+            raise TableError(f"table.rows=[{wanted}]: table {table} has {', '.join(there)}{near_to(wanted, words)}")
         found.update(fitting)
     return {name: cell for name, cell in cells.items() if name in found}

@@ -16,6 +16,9 @@ HEADINGS = ("attack", "norm", "eps", "steps", "n", "accuracy %", "flags")
 MOST_NAMED = 4  # of the members of a worst case
 BARE_FROM = 1000  # below so many samples the interval is printed beside the number (the audit's n_small)
 NOT_RUN = "-"
+FURTHER = ("c", "lr", "binary_search", "kernel", "decay", "prob", "tap", "method", "samples")
+"""Settings of single attacks, written as they are called."""
+STARTS = {"zero": "from the image", "uniform": "uniform start", "gaussian": "Gaussian start"}
 GRAVE = ("fail", "warn")  # severities of the audit that are always spelled out
 _RIGHT = {"eps", "steps", "n", "accuracy %"}
 
@@ -199,20 +202,27 @@ def ball(says: Mapping[str, Any]) -> str:
     Example:
         >>> ball({"norm": "linf", "eps": 8 / 255}), ball({"norm": "l2", "eps": None})
         ('linf, eps 8/255', 'l2, no bound')
+        >>> ball({"norm": "wasserstein", "budget": 8 / 255})
+        'wasserstein, budget 8/255'
     """
-    norm, eps = says.get("norm") or "no norm", says.get("eps")
-    return f"{norm}, no bound" if eps is None else f"{norm}, eps {format_eps(eps)}"
+    norm = says.get("norm") or "no norm"
+    for bound in ("eps", "budget"):
+        if says.get(bound) is not None:
+            return f"{norm}, {bound} {format_eps(says[bound])}"
+    return f"{norm}, no bound"
 
 
 def settings(says: Mapping[str, Any]) -> str:
     """What it does within its ball; empty where nothing is attacked.
 
     Example:
-        >>> settings({"steps": 20, "step_size": 2 / 255, "restarts": 10, "objective": "cross_entropy"})
-        '20 steps of 2/255, 10 restarts, cross entropy'
+        >>> settings({"steps": 20, "step_size": 2 / 255, "restarts": 10, "objective": "margin", "kappa": 50.0})
+        '20 steps of 2/255, 10 restarts, margin, kappa 50'
+        >>> settings({"attacks": ["square"], "name": "square", "queries": 5000, "targets": 9})
+        '5000 queries'
     """
     if "members" in says:
-        return ", ".join(says["members"])
+        return "worst of " + ", ".join(says["members"])
     words = []
     if (steps := says.get("steps")) is not None:
         step = says.get("step_size")
@@ -222,8 +232,20 @@ def settings(says: Mapping[str, Any]) -> str:
         words.append(f"{restarts} restarts")
     if says.get("objective"):
         words.append(str(says["objective"]).replace("_", " "))
-    if isinstance(parts := says.get("attacks"), list | tuple) and list(parts) != [says.get("name")]:
-        words.append(", ".join(map(str, parts)))
+    if says.get("kappa") is not None and says.get("objective") in (None, "margin"):
+        words.append(f"kappa {says['kappa']:g}")
+    parts = [str(part) for part in says.get("attacks") or ()]
+    if parts != [says.get("name")]:
+        words += parts
+    if "square" in parts:
+        words.append(f"{says['queries']} queries")
+    if {"apgd-t", "fab-t"} & set(parts):
+        words.append(f"{says['targets']} targets")
+    words += [f"{key.replace('_', ' ')} {says[key]}" for key in FURTHER if says.get(key) is not None]
+    if says.get("init"):
+        words.append(STARTS.get(str(says["init"]), f"start {says['init']}"))
+    if isinstance(surrogate := says.get("surrogate"), Mapping) and surrogate.get("name"):
+        words.append(f"made on {surrogate['name']}")
     return ", ".join(words)
 
 

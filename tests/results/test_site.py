@@ -231,7 +231,7 @@ def test_rows_that_are_not_asked_for_count_in_holms_rule() -> None:
     assert against(narrowed)[key].p == pytest.approx(2 * against(alone)[key].p)
     narrowed.table = replace(narrowed.table, others=hidden)
     assert against(narrowed) == {}, "its control is not shown"
-    assert "not compared with what was not asked for: t_without" in render(narrowed, "markdown")
+    assert "no difference to t_without: table.rows leaves out" in render(narrowed, "markdown")
     assert "'table.rows=[a,t]'" in render(replace(narrowed, lines=[]), "terminal")
 
 
