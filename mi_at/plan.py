@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import difflib
 import json
 import math
 import statistics
@@ -38,7 +37,7 @@ from mi_at.results.planning import FORMATS, GIB, OFFICIAL, Entry, Plan, Speed, S
 from mi_at.results.records import config_hash, hardware, run_key
 from mi_at.results.rehearsal import Cost, Make, Size, Training, count_forward, count_training, time_step
 from mi_at.results.runs import CONFIG, NOT_TRAINING
-from mi_at.results.tables import Job, TableError
+from mi_at.results.tables import Job, TableError, near_to
 
 SPEED = "speed/images_per_second"
 OPTIONS = (
@@ -280,9 +279,8 @@ def _named_device(name: str, efficiency: float | None) -> Speed:
     """
     devices = _read_devices()
     if name not in devices:
-        near = difflib.get_close_matches(name, devices, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"device={name}: expected one of {', '.join(devices)} (conf/plan.yaml){guess}")
+        near = near_to(name, list(devices))
+        raise ValueError(f"device={name}: expected one of {', '.join(devices)} (conf/plan.yaml){near}")
     values = devices[name]
     share = values["efficiency"] if efficiency is None else efficiency
     if not 0 < share <= 1:

@@ -28,6 +28,7 @@ from mi_at.results.records import (
 )
 from mi_at.results.reported import Reported
 from mi_at.results.tables import Cell, Table, TableError, key_of, near_to
+from mi_at.results.terminal import of_seeds
 
 RECORD = "record.json"
 WITHIN = " within"
@@ -377,7 +378,12 @@ def _fill_cell(
             elif row is not None:
                 rows[each.record.seed] = row
                 audits += [each.record.audit["verdict"]] if each.record.audit else []
-        flags = [flag + _of_seeds(flag, rows) for row in rows.values() for flag in row.flags]
+        flagged = {seed: row.flags for seed, row in rows.items()}
+        flags = [
+            f"{flag} ({seeds})" if (seeds := of_seeds(flag, flagged)) else flag
+            for own in flagged.values()
+            for flag in own
+        ]
         flags += [
             f"{each.record.processes} processes"
             for each in records
@@ -401,12 +407,6 @@ def _fill_cell(
                 says=plan.attacks[attack],
             )
         )
-
-
-def _of_seeds(flag: str, rows: Mapping[int, AttackRecord]) -> str:
-    """Which seeds have a flag, unless all have it."""
-    having = [str(seed) for seed, row in rows.items() if flag in row.flags]
-    return "" if len(having) == len(rows) else f" (seed {', '.join(having)})"
 
 
 def row_of(record: Record, attack: str) -> AttackRecord | None:

@@ -82,8 +82,8 @@ def render(filled: Filled, form: str) -> str:
     headings = (*HEADINGS, VERSUS) if versus else HEADINGS
     rows = [_cells(line, versus) for line in filled.lines]
     if form == "latex":
-        return _latex(filled, headings, rows)
-    listed = notes(filled)
+        return _latex(filled, headings, rows, _explained(filled, versus))
+    listed = [*_explained(filled, versus), *notes(filled)]
     if form == "markdown":
         rules = ["---" if heading in ("row", "attack", "flags", "audit") else "---:" for heading in headings]
         lines = [markdown_row(row) for row in (headings, rules, *rows)]
@@ -195,16 +195,28 @@ def command(filled: Filled, *further: str) -> str:
 
 
 def notes(filled: Filled) -> list[str]:
-    """What the attacks are, what is doubtful in the print, what nothing was run for, which records are not shown."""
-    return [*_explained(filled), *_missing(filled)]
+    """What is of this machine and this moment: what was not run or not compared, and which records are not shown."""
+    listed = []
+    if hidden := missing_baselines(filled):
+        listed.append(f"no difference to {', '.join(hidden)}: table.rows leaves out what others are compared with")
+    if any(filled.records.values()) or any(line.values for line in filled.lines):
+        for seed in filled.seeds or ():
+            run = {cell for cell, records in filled.records.items() if seed in {each.record.seed for each in records}}
+            if lacking := [cell for cell in filled.table.cells if cell not in run]:
+                listed.append(f"seed {seed} was not run: {', '.join(lacking)}: {command(filled)}")
+    else:
+        what = "these rows" if filled.table.others else "this table"
+        seeds = "" if filled.seeds is None else f", seed {', '.join(map(str, filled.seeds))}"
+        listed.append(f"nothing of {what} was run at budget {filled.budget}{seeds}: {command(filled)}")
+    return [*listed, *filled.aside]
 
 
-def _explained(filled: Filled) -> list[str]:
-    """What a reader of the numbers needs."""
+def _explained(filled: Filled, versus: Versus) -> list[str]:
+    """What a reader of the numbers needs: legends, what the attacks are, what is doubtful."""
     listed = []
     if any(line.std is not None or few_images(line) for line in filled.lines):
         listed.append(MEASURED)
-    if against(filled):
+    if versus:
         listed.append(COMPARED)
     listed += [f"{name}: {words}" for name, words in attacks(filled).items()]
     listed += [f"{flag}: {sentence}" for flag, sentence in _flags(filled).items()]
@@ -224,24 +236,6 @@ def _flags(filled: Filled) -> dict[str, str]:
     return {
         flag: places[0] + (f", and {len(places) - 1} more" if len(places) > 1 else "") for flag, places in said.items()
     }
-
-
-def _missing(filled: Filled) -> list[str]:
-    """What is of this machine and this moment."""
-    listed = []
-    if hidden := missing_baselines(filled):
-        listed.append(f"no difference to {', '.join(hidden)}: table.rows leaves out what others are compared with")
-    table = filled.table
-    run = any(filled.records.values()) or any(line.values for line in filled.lines)
-    seeds = "" if filled.seeds is None else f", seed {', '.join(map(str, filled.seeds))}"
-    if not run:
-        what = "these rows" if table.others else "this table"
-        listed.append(f"nothing of {what} was run at budget {filled.budget}{seeds}: {command(filled)}")
-    for seed in filled.seeds or () if run else ():
-        lacking = [cell for cell in table.cells if seed not in {e.record.seed for e in filled.records.get(cell, ())}]
-        if lacking:
-            listed.append(f"seed {seed} was not run: {', '.join(lacking)}: {command(filled)}")
-    return [*listed, *filled.aside]
 
 
 def _cells(line: Line, versus: Versus) -> tuple[str, ...]:
@@ -264,8 +258,8 @@ def _without_repetition(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     return shown
 
 
-def _latex(filled: Filled, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its footnotes; what concerns this machine alone as comments before it."""
+def _latex(filled: Filled, headings: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[str]) -> str:
+    """A table with footnotes below it; what concerns this machine alone as comments before it."""
 
     def text(words: str) -> str:
         return "".join(LATEX.get(sign, sign) for sign in words).replace("+-", r"$\pm$")
@@ -275,14 +269,14 @@ def _latex(filled: Filled, headings: Sequence[str], rows: Sequence[Sequence[str]
     return (
         "\n".join(
             [
-                *(f"% {note}" for note in _missing(filled)),
+                *(f"% {note}" for note in notes(filled)),
                 r"\begin{table}",
                 rf"\caption{{{text(title(filled))}}}",
                 rf"\begin{{tabular}}{{{columns}}}",
                 " & ".join(text(heading) for heading in headings) + r" \\ \hline",
                 *body,
                 r"\end{tabular}",
-                *(rf"\par\footnotesize {text(note)}" for note in _explained(filled)),
+                *(rf"\par\footnotesize {text(note)}" for note in below),
                 r"\end{table}",
             ]
         )

@@ -140,7 +140,10 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
     ]
     for seeds in rows:
         said = [_flags_of_all([_find(each, name) for name in headings]) for each in seeds]
-        behind = [f" ({flag}{_of_seeds(flag, said, seeds)})" for flag in sorted(set().union(*said))]
+        flagged = dict(zip(_seeds(seeds), said, strict=True))
+        behind = [
+            f" ({': '.join(filter(None, [flag, of_seeds(flag, flagged)]))})" for flag in sorted(set().union(*said))
+        ]
         cells = [_cell([_find(each, name) for each in seeds], said, bare=len(rows) < len(records)) for name in headings]
         verdicts = [" ".join(str(each.audit.get("verdict", NOT_RUN)) for each in seeds)] if audited else []
         lines.append(markdown_row([f"`{seeds[0].key}`" + "".join(behind), *cells, *verdicts]))
@@ -194,6 +197,17 @@ def format_eps(eps: float | str) -> str:
     if round(levels) and abs(levels - round(levels)) < 1e-5:
         return f"{round(levels)}/255"
     return f"{value:.4g}"
+
+
+def of_seeds(flag: str, flagged: Mapping[int, Collection[str]]) -> str:
+    """Which seeds have a flag; empty where all have it.
+
+    Example:
+        >>> of_seeds("reach", {0: ["reach"], 1: []}), of_seeds("reach", {0: ["reach"]})
+        ('seed 0', '')
+    """
+    having = [str(seed) for seed, flags in flagged.items() if flag in flags]
+    return "" if len(having) == len(flagged) else f"seed {', '.join(having)}"
 
 
 def ball(says: Mapping[str, Any]) -> str:
@@ -265,12 +279,6 @@ def _flags_of_all(rows: Sequence[AttackRecord | None]) -> set[str]:
     """What every number of a record is flagged with."""
     flags = [set(row.flags) for row in rows if row is not None]
     return set.intersection(*flags) if len(flags) > 1 else set()
-
-
-def _of_seeds(flag: str, said: Sequence[Set[str]], seeds: Sequence[Record]) -> str:
-    """Which of a row's seeds have a flag, unless all have it."""
-    having = [str(record.seed) for record, flags in zip(seeds, said, strict=True) if flag in flags]
-    return "" if len(having) == len(seeds) else f": seed {', '.join(having)}"
 
 
 def _cell(rows: Sequence[AttackRecord | None], said: Sequence[Set[str]], *, bare: bool) -> str:
