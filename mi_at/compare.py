@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mi_at.evaluation.outcomes import CLEAN
 from mi_at.results.pairing import ComparisonError, Row, Side, compare, differences, read_side, term_shares
 from mi_at.results.records import RecordError, seed_keys
 from mi_at.results.statistics import p_text
-from mi_at.results.terminal import NOT_RUN, columns, markdown_row
+from mi_at.results.terminal import NOT_RUN, columns, in_words, markdown_row
 
 HEADINGS = (
     "attack",
@@ -52,8 +53,10 @@ def report(a: Side, b: Side, *, markdown: bool = False) -> str:
     rows, apart = compare(a, b)
     seeds = ", ".join(str(seed) for seed in a.seeds)
     other = "" if a.seeds == b.seeds else f" and {', '.join(str(seed) for seed in b.seeds)}"
-    lines = [f"A: {a.name}", f"B: {b.name}", f"seeds {seeds}{other}, budget {a.records[0].budget}", ""]
     first, second = a.records[0], b.records[0]
+    lines = [f"A: {a.name}", f"B: {b.name}", f"seeds {seeds}{other}, budget {first.budget}", ""]
+    if a.records == b.records:
+        lines += ["A and B are the same records: no difference is to be expected.", ""]
     seeded = {*seed_keys(first.config)} & {*seed_keys(second.config)}
     changed = [(key, str(one), str(two)) for key, one, two in differences(first, second) if key not in seeded]
     if changed:
@@ -61,6 +64,8 @@ def report(a: Side, b: Side, *, markdown: bool = False) -> str:
     lines += _table(HEADINGS, [_cells(row) for row in rows], markdown)
     lines += ["", _reading(rows, len(a.seeds)), MATCHED]
     lines += [f"not compared: {sentence}" for sentence in apart]
+    attacks = [(row.name, in_words(row.says)) for row in rows if row.name != CLEAN]
+    lines += ["", *_table(("attack", "what it is"), attacks, markdown)] if attacks else []
     lines += ["", *_table(("cost", "A", "B"), _costs(a, b), markdown)]
     terms = [(side_name, *row) for side_name, side in (("A", a), ("B", b)) for row in _terms(side)]
     if terms:

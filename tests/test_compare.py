@@ -33,6 +33,9 @@ def test_two_measured_networks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not that the methods do" in printed
     for part in ("evaluation, hours", "training, hours", "share of the loss", "at matched clean accuracy"):
         assert part in printed
+    assert "linf, eps 0.3, 20 steps of 0.03, cross entropy" in printed
+    assert "linf, eps 0.3, worst of fgsm, pgd_20, adaptive\n" in printed
+    assert "same records" not in printed
     rows, apart = compare(read_side(MNIST / "standard_at/seed0"), read_side(MNIST / "mimae/seed0"))
     assert apart == []
     pgd = next(row for row in rows if row.name == "pgd_20")
@@ -58,6 +61,7 @@ def test_a_network_with_itself_has_no_difference(capsys: pytest.CaptureFixture[s
     assert "| pgd_20 | 10000 |" in printed
     assert "is better" not in printed
     assert "What differs" not in printed
+    assert "A and B are the same records" in printed
 
 
 def test_seeds_are_paired(tmp_path: Path) -> None:

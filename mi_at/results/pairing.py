@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Row:
         both_clean: accuracies of a and b, and their number of images, among those that both get right when clean: at
             the same clean accuracy, 100 %; means over the seeds. None for clean accuracy itself.
         matched: b - a among these images, paired; None as `both_clean`.
+        says: what the attack says of itself.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Row:
     p: float | None
     both_clean: tuple[float, float, int] | None
     matched: Difference | None = None
+    says: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_side(path: str | Path, seeds: Collection[int] | None = None) -> Side:
@@ -163,11 +165,11 @@ def _row(a: Side, b: Side, attack: AttackRecord) -> Row:
     both = [one & two for one, two in zip(*clean, strict=True)]
     gap = _gap(*right)
     if attack.name == CLEAN or not all(images.any() for images in both):
-        return Row(title, n, mean_a, mean_b, gap, gap.p, None)
+        return Row(title, n, mean_a, mean_b, gap, gap.p, None, says=attack.description)
     chosen = [[outcome[images] for outcome, images in zip(side, both, strict=True)] for side in right]
     at_a, at_b = (float(np.mean([outcome.mean() for outcome in side])) for side in chosen)
     images = round(float(np.mean([images.sum() for images in both])))
-    return Row(title, n, mean_a, mean_b, gap, gap.p, (at_a, at_b, images), _gap(*chosen))
+    return Row(title, n, mean_a, mean_b, gap, gap.p, (at_a, at_b, images), _gap(*chosen), attack.description)
 
 
 def _gap(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Difference:

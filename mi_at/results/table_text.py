@@ -11,7 +11,7 @@ from mi_at.results.measured import Filled, Line, row_of
 from mi_at.results.significance import Against, Key, against, key_of_line, missing_baselines
 from mi_at.results.statistics import p_text
 from mi_at.results.tables import key_of
-from mi_at.results.terminal import NOT_RUN, ball, columns, interval, interval_text, markdown_row, settings
+from mi_at.results.terminal import NOT_RUN, columns, in_words, interval, interval_text, markdown_row
 
 HEADINGS = ("row", "attack", "reported", "measured (seeds)", "n", "difference", "flags", "audit")
 VERSUS = "to the baseline, points [95 %]"
@@ -162,8 +162,7 @@ def attacks(filled: Filled) -> dict[str, str]:
     found: dict[str, dict[str, list[Line]]] = {}
     for line in filled.lines:
         if line.says and line.attack != CLEAN:
-            words = ", ".join(filter(None, [ball(line.says), settings(line.says)]))
-            found.setdefault(line.attack, {}).setdefault(words, []).append(line)
+            found.setdefault(line.attack, {}).setdefault(in_words(line.says), []).append(line)
     return {
         name if len(ways) == 1 else f"{name} ({_whose(lines, ways)})": words
         for name, ways in found.items()

@@ -210,6 +210,16 @@ def of_seeds(flag: str, flagged: Mapping[int, Collection[str]]) -> str:
     return "" if len(having) == len(flagged) else f"seed {', '.join(having)}"
 
 
+def in_words(says: Mapping[str, Any]) -> str:
+    """What an attack is, by what it says of itself.
+
+    Example:
+        >>> in_words({"norm": "linf", "eps": 8 / 255, "steps": 20}), in_words({"norm": "l2", "eps": None})
+        ('linf, eps 8/255, 20 steps', 'l2, no bound')
+    """
+    return ", ".join(filter(None, [ball(says), settings(says)]))
+
+
 def ball(says: Mapping[str, Any]) -> str:
     """What an attack may do, by what it says of itself.
 
