@@ -54,12 +54,12 @@ def split_arguments(
     for argument in given:
         key, equals, value = argument.partition("=")
         if key in own and equals:
-            options[key] = value
+            options[key] = unquoted(value)
         elif near := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
             raise ValueError(f"{argument}: unknown; did you mean {near[0]}=?")
         else:
             overrides.append(argument)
-    runs = next((o.partition("=")[2] for o in overrides if key_of(o) == "runs"), "runs")
+    runs = next((unquoted(o.partition("=")[2]) for o in overrides if key_of(o) == "runs"), "runs")
     folders = listed(options["records"])
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         first = Path(missing[0])
@@ -70,6 +70,17 @@ def split_arguments(
         )
         raise ValueError(f"records={options['records']}: {way}")
     return options, overrides, folders or [runs, *([] if measured is None else [str(measured)])]
+
+
+def unquoted(value: str) -> str:
+    """A value without the quotes that Hydra takes off: runs='my runs' is the folder "my runs".
+
+    Example:
+        >>> unquoted("'my runs'"), unquoted("my runs"), unquoted("'")
+        ('my runs', 'my runs', "'")
+    """
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
 
 
 def listed(value: str) -> list[str]:
@@ -126,8 +137,7 @@ def composed(overrides: Sequence[str]) -> tuple[Table, list[Job]]:
         TableError: no table, or one that is asked for what it has not.
         ValueError: an unknown name or key; the message names those there are.
     """
-    if named_table(overrides) is None:
-        raise TableError(f"which table? table= one of {', '.join(table_names())}")
+    one_table(overrides)
     cfg, typed = compose_table(overrides)
     table = table_of(cfg)
     return table, table.jobs(typed, cfg.hydra.runtime.choices)
@@ -184,10 +194,9 @@ def compose_table(overrides: Sequence[str]) -> tuple[DictConfig, list[list[str]]
     Raises:
         TableError: several tables.
     """
+    if named_table(overrides) is not None:
+        one_table(overrides)
     parsed = OverridesParser.create().parse_overrides([_as_choice(override) for override in overrides])
-    for override in parsed:
-        if override.key_or_group == "table" and override.is_sweep_override():
-            raise TableError(f"{override.input_line}: one table at a time")
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     cfg = hydra.compose("train", overrides=single, return_hydra_config=True)
     return cfg, BasicSweeper.split_arguments(parsed, None)[0]
@@ -207,7 +216,25 @@ def named_table(overrides: Sequence[str]) -> str | None:
         ('mimae_t5', None)
     """
     name = next((override.partition("=")[2] for override in overrides if key_of(override) == "table"), "none")
-    return None if name == "none" else name
+    return None if name in ("none", "") else name
+
+
+def one_table(overrides: Sequence[str]) -> None:
+    """Refuse a command line that does not name one table.
+
+    Raises:
+        TableError: no table, or several; the message names those there are, or what was meant.
+    """
+    named = [override for override in overrides if key_of(override) == "table"]
+    if len(named) > 1 or "," in (named_table(overrides) or ""):
+        raise TableError(f"{' '.join(named)}: one table at a time")
+    if named_table(overrides) is None:
+        names = table_names()
+        for override in overrides:
+            word, _, value = override.partition("=")
+            if word in names or (value in names and difflib.get_close_matches(word, ["table"])):
+                raise TableError(f"{override}: unknown; did you mean table={value or word}?")
+        raise TableError(f"which table? table= one of {', '.join(names)}")
 
 
 def table_names() -> list[str]:

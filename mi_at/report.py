@@ -26,9 +26,11 @@ from mi_at.cells import (
     is_within,
     listed,
     named_table,
+    one_table,
     split_arguments,
     table_names,
     table_of,
+    unquoted,
 )
 from mi_at.evaluation.outcomes import CLEAN
 from mi_at.results.figures import draw
@@ -36,7 +38,7 @@ from mi_at.results.measured import WITHIN, Filled, Found, Planned, fill, find_re
 from mi_at.results.records import NOT_HASHED
 from mi_at.results.reported import ReportedError, read_reported
 from mi_at.results.site import check_place, write_site
-from mi_at.results.table_text import render
+from mi_at.results.table_text import notes, render
 from mi_at.results.tables import Job, Table, TableError, key_of
 
 FORMATS = ("terminal", "markdown", "latex", "csv", "html", "svg")
@@ -123,8 +125,7 @@ def report(overrides: Sequence[str], folders: Sequence[str | Path], columns: Seq
     """
     found, damaged = find_records(folders)
     with io.composing():
-        if named_table(overrides) is None:
-            raise TableError(f"which table? table= one of {', '.join(table_names())}")
+        one_table(overrides)
         cfg, typed = compose_table(overrides)
         asked = _asked(table_of(cfg), overrides, cfg, typed)
         # The first cell always, so that what was typed is checked.
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = {"format": "terminal", "records": "", "out": "", "columns": "all"}
         own, overrides, folders = split_arguments(given, options, measured=_near(MEASURED))
         typed = next((override for override in overrides if key_of(override) == "runs"), None)
-        if typed and not Path(typed.partition("=")[2]).is_dir():
+        if typed and not Path(unquoted(typed.partition("=")[2])).is_dir():
             raise TableError(f"{typed}: there is no such folder, and so no records of yours")
         if own["format"] not in FORMATS:
             raise TableError(f"format={own['format']}: expected one of {', '.join(FORMATS)}")
@@ -200,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise TableError(f"out={own['out']}: only format=html writes files; > {own['out']} keeps a text")
         else:
             filled = report(overrides, folders, columns)
+            if own["format"] in ("csv", "svg"):  # which have no place for it
+                print(*notes(filled), sep="\n", end="\n" * bool(notes(filled)), file=sys.stderr)
             print(draw(filled) if own["format"] == "svg" else render(filled, own["format"]), end="")
     except (TableError, ReportedError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -215,6 +218,8 @@ def _write_site(overrides: Sequence[str], folders: Sequence[str], out: str) -> N
     runs = sum(1 for _ in (index.parent / "runs").glob("*.html"))
     counted = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(tables), "table"), (runs, "run"))]
     print(f"{index}: {', '.join(counted)}")
+    refused = dict.fromkeys(said for filled in tables for said in filled.aside if said.startswith("refused"))
+    print(*damaged, *refused, sep="\n", end="\n" * bool(damaged or refused), file=sys.stderr)
 
 
 def _near(path: Path) -> Path:

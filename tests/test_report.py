@@ -197,6 +197,10 @@ def test_other_budgets_are_counted_and_never_mixed(place: Path) -> None:
     filled = shown(place)
     assert all(not each.values for each in filled.lines)
     assert filled.aside == ["1 record of budget smoke: budget=smoke shows it"]
+    assert shown(place, "seed=0").aside == filled.aside
+    assert shown(place, "seed=3").aside == [], "budget=smoke seed=3 has none either"
+    (said,) = shown(place, "optim.lr=0.02").aside
+    assert said == "1 record of budget smoke: budget=smoke shows those with optim.lr=0.02"
     assert "nothing of this table was run at budget paper: python -m mi_at.train -m table=own" in report.render(
         filled, "terminal"
     )
@@ -238,7 +242,10 @@ def test_a_row_that_is_another_measurement_is_refused(place: Path, change: dict[
     write_record(path, with_row(record, replace(record["fgsm"], **change)))
     filled = shown(place)
     assert line(filled, "TRADES", "fgsm").mean is None
-    assert filled.aside == [f"refused: {path}: fgsm: {said}"]
+    assert filled.aside == [
+        f"refused: {path}: fgsm: {said}",
+        f"not checked: {path}: there are no outcomes beside it, record.npz",
+    ]
     assert line(filled, "TRADES", "pgd_20").mean is not None
 
 
@@ -260,6 +267,7 @@ def test_a_damaged_record_is_named_and_the_others_are_shown(place: Path) -> None
     assert line(filled, "TRADES", "fgsm").mean is not None
     (said,) = filled.aside
     assert said.startswith(f"damaged: {broken}: not a whole record")
+    assert table_text.notes(shown(place, "seed=3"))[0].startswith("but for what is damaged, nothing of this table was")
 
 
 def test_counts_that_are_not_those_of_the_outcomes_are_damage(place: Path) -> None:
@@ -400,10 +408,19 @@ def test_seeds_that_are_asked_for_and_not_there_are_named(place: Path) -> None:
 def test_the_command(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     report.main([search(place), "table=own", "table.rows=[TRADES]", "format=csv"])
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 4
+    assert "nothing of these rows was run" in printed.err, "a CSV has no place for it"
+    (place / "my runs").mkdir()
+    for quoted in ("runs='my runs'", "runs=my runs"):
+        report.main([search(place), "table=own", quoted])
     for arguments, said in {
         ("table=mimae_t55",): "table=mimae_t55: expected one of .*did you mean mimae_t5",
         (): "which table",
+        ("table=",): "which table",
+        ("tabel=mimae_t8",): "tabel=mimae_t8: unknown; did you mean table=mimae_t8",
+        ("mimae_t8",): "mimae_t8: unknown; did you mean table=mimae_t8",
+        ("table=mimae_t5", "table=mimae_t8"): "table=mimae_t5 table=mimae_t8: one table at a time",
         (search(place), "table=own", "format=pdf"): "format=pdf: expected one of terminal, markdown, latex, csv",
         (search(place), "table=own", "table.rows=[TRADEZ]"): "did you mean TRADES",
         ("table=mimae_t5,mimae_t8",): "table=mimae_t5,mimae_t8: one table at a time",

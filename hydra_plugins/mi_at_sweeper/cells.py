@@ -45,13 +45,14 @@ class CellsSweeper(BasicSweeper):
         if self.config is None or self.launcher is None or self.hydra_context is None:
             raise RuntimeError("setup() comes first")
         # Here and not above: Hydra imports its plugins at every start, and this brings torch along.
-        from mi_at.cells import as_typed
+        from mi_at.cells import as_typed, one_table
         from mi_at.io import ERROR, FailedJobError, explain
         from mi_at.results.tables import key_of, read_table
 
         chosen = self.config.hydra.runtime.choices
         if chosen.get("sweep", "none") != "none":
             raise ValueError(f"sweep={chosen.sweep} beside table={chosen.table}: leave out one of them")
+        one_table(arguments)
         # Interpolations in a cell's overrides are the job's to resolve.
         node: Any = OmegaConf.to_container(self.config.table, resolve=False)
         table = read_table(node)
@@ -87,6 +88,9 @@ class CellsSweeper(BasicSweeper):
         words = [first[key_of(o)] if key_of(o) in several else as_typed(o) for o in arguments]
         shown = [*path, *(word for word in words if key_of(word) != "launcher")]
         each = f" with the first {' and '.join(sorted(several))}" if several else ""
-        print(f"\nall {len(jobs)} runs of table {table.name} are finished; what they measured{each}:")
+        many = (
+            f"all {len(jobs)} runs of table {table.name} are" if len(jobs) > 1 else f"the run of table {table.name} is"
+        )
+        print(f"\n{many} finished; what {'they' if len(jobs) > 1 else 'it'} measured{each}:")
         print(f"  {shlex.join(['python', '-m', 'mi_at.report', *shown])}", flush=True)
         return results

@@ -274,6 +274,12 @@ def fill(
             letter = letters.setdefault(unlike, chr(ord("a") + len(letters))) if unlike else ""
             _fill_cell(filled, cell, planned[name], printed[name], records, unlike, letter)
         used |= {each.path for each in own}
+    filled.aside += [
+        f"not checked: {each.path}: there are no outcomes beside it, {each.path.with_suffix('.npz').name}"
+        for records in filled.records.values()
+        for each in records
+        if not each.path.with_suffix(".npz").is_file()
+    ]
     others = [each for each, hashed in zip(found, hashes, strict=True) if hashed not in known]
     _list_others(filled, planned, others)
     filled.aside += [f"[{letter}] {unlike}" for unlike, letter in letters.items()]
@@ -454,7 +460,7 @@ def _list_others(filled: Filled, planned: Mapping[str, Planned], others: Sequenc
         if cell is None:
             continue
         if record.budget != filled.budget:
-            elsewhere[record.budget] += 1
+            elsewhere[record.budget] += filled.seeds is None or record.seed in filled.seeds
             continue
         changed = [
             f"{key} {there} (now {here})"
@@ -464,9 +470,13 @@ def _list_others(filled: Filled, planned: Mapping[str, Planned], others: Sequenc
         more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
         said = ", ".join(changed[:SHOWN_DIFFERENCES]) + more
         filled.aside.append(f"another version of {cell}: {each.path}: {said}")
+    # Whether they have what was typed shows when they are composed.
+    what = f" those with {' '.join(filled.table.typed)}" if filled.table.typed else ""
     filled.aside += [
-        f"{count} record{'s' * (count > 1)} of budget {budget}: budget={budget} shows {'them' if count > 1 else 'it'}"
+        f"{count} record{'s' * (count > 1)} of budget {budget}: "
+        f"budget={budget} shows{what or (' them' if count > 1 else ' it')}"
         for budget, count in sorted(elsewhere.items())
+        if count
     ]
 
 

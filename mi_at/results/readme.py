@@ -109,7 +109,7 @@ def _printed_beside_measured(
     ]
     for title, paper, name in attacks:
         found = [record[name] for record in records]
-        one, flags = found[0], {flag: None for row in found for flag in row.flags}
+        one = found[0]
         if len({(row.n, row.step_size, row.steps) for row in found}) > 1:
             raise ValueError(f"{folder}: {name} of its records differs in n, step or steps, but a row holds one attack")
         pairs = [
@@ -118,8 +118,19 @@ def _printed_beside_measured(
         ]
         step = NOT_RUN if one.step_size is None else format_eps(one.step_size)
         steps = NOT_RUN if one.steps is None else str(one.steps)
-        lines.append(markdown_row([title, step, steps, *pairs, str(one.n), " ".join(flags) or NOT_RUN]))
+        flagged = dict(zip(methods, (row.flags for row in found), strict=True))
+        lines.append(markdown_row([title, step, steps, *pairs, str(one.n), _flags(flagged)]))
     return "\n".join(lines) + "\n"
+
+
+def _flags(flagged: Mapping[str, Sequence[str]]) -> str:
+    """The flags of a row's numbers; of which methods, where it is not all of them."""
+    having: dict[str, list[str]] = {}
+    for method, flags in flagged.items():
+        for flag in flags:
+            having.setdefault(flag, []).append(method)
+    words = [f if len(who) == len(flagged) else f"{f} ({', '.join(who)})" for f, who in having.items()]
+    return " ".join(words) or NOT_RUN
 
 
 def _printed(root: Path, paper: str, table: str, *, dataset: str | None = None) -> dict[tuple[str, str], str]:

@@ -646,6 +646,8 @@ def read_outcomes(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         RecordError: missing or half-written; the message names the file.
     """
+    if not Path(path).is_file():
+        raise RecordError(f"{path}: there is no such file: the command that made the record makes it again")
     try:
         with np.load(Path(path), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

@@ -252,7 +252,7 @@ STATES = ("new", "resumed", "trained", "finished")
 def _state(folder: Path, record: Path) -> str:
     """How far a run is, one of `STATES`."""
     if (folder / TRAINED).is_file():
-        return "finished" if record.is_file() else "trained"
+        return "finished" if record.is_file() and record.with_suffix(".npz").is_file() else "trained"
     return "resumed" if (folder / LAST).is_file() else "new"
 
 

@@ -1,7 +1,7 @@
 """Which rows of a table differ from their baseline by more than the seeds do.
 
 Mean and standard deviation over seeds, differences paired over the seeds that both have, Student's t interval, Holm's
-rule over all methods of a column: rows that are not asked for count too, so that a choice of rows makes nothing better.
+rule over all rows of a column: rows that are not asked for count too, so that a choice of rows makes nothing better.
 Where fewer than two seeds are in common, nothing is said.
 """
 
@@ -29,7 +29,7 @@ class Against:
     Attributes:
         baseline: the other cell's name.
         difference: of accuracies in [-1, 1], this minus the baseline's, over the seeds in common.
-        p: of no difference, adjusted for the methods of the column.
+        p: of no difference, adjusted for the rows of the column.
     """
 
     baseline: str
@@ -48,7 +48,8 @@ def baseline_of(table: Table, name: str) -> str | None:
     """The cell that another is compared with: its control, by name <cell>_without, where the table has one.
 
     Else the same without its regularizer, else standard adversarial training, of the same data, network, evaluation and
-    checkpoint; of several the one with the fewest changes, and where several have as few, none.
+    checkpoint; of several the one with the fewest changes, and where several have as few, none. What is standard
+    adversarial training itself is compared with one that has fewer changes.
 
     Args:
         table: with both.
@@ -57,10 +58,11 @@ def baseline_of(table: Table, name: str) -> str | None:
     Example:
         >>> rows = {"at": ["defense=standard_at"], "t": ["defense=trades"]}
         >>> rows["tn"] = [*rows["t"], "regularizer=ncmi"]
+        >>> rows["at_twice"] = [*rows["at"], "optim.epochs=200"]
         >>> cells = {name: Cell(name, {}, tuple(own)) for name, own in rows.items()}
         >>> table = Table("t", "ncmi", "2", "", (0, 1), {}, (), cells)
         >>> [baseline_of(table, name) for name in cells]
-        [None, 'at', 't']
+        [None, 'at', 't', 'at']
     """
     cells = {**table.cells, **table.others}
     if name + CONTROL in cells:
@@ -70,9 +72,9 @@ def baseline_of(table: Table, name: str) -> str | None:
     bare = [other for other in others if chosen(other, "regularizer", {}) == "none"]
     defense, added = chosen(cell, "defense", {}), chosen(cell, "regularizer", {})
     wanted = defense if added != "none" else BASE
-    if added == "none" and defense == BASE:
-        return None
     found = [other for other in bare if chosen(other, "defense", {}) == wanted]
+    if added == "none" and defense == BASE:
+        found = [other for other in found if len(other.overrides) < len(cell.overrides)]
     fewest = min((len(other.overrides) for other in found), default=0)
     plain = [other.name for other in found if len(other.overrides) == fewest]
     return plain[0] if len(plain) == 1 else None

@@ -227,7 +227,7 @@ def _against(versus: Mapping[Key, Against], lines: Sequence[Line]) -> Html:
     headings = ["row", "attack", "baseline", "difference, points [95 %]", "seeds", "p (Holm)", "what may be said"]
     note = (
         "This row minus its baseline, paired over the seeds that both have: Student's t interval, Holm's rule over the "
-        "methods of a column. Better or worse is said only where the interval leaves 0 out and p is below 0.05."
+        "rows of a column. Better or worse is said only where the interval leaves 0 out and p is below 0.05."
     )
     return table(note, headings, rows, right=(3, 4, 5))
 

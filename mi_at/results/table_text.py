@@ -21,7 +21,7 @@ MEASURED = (
 )
 COMPARED = (
     "to the baseline: this row minus it, over the seeds that both have, with Student's t interval; p by Holm's rule "
-    "over the methods of a column; better or worse where p is below 0.05 and the interval leaves 0 out"
+    "over the rows of a column; better or worse where p is below 0.05 and the interval leaves 0 out"
 )
 CSV = (
     "table",
@@ -196,17 +196,18 @@ def command(filled: Filled, *further: str) -> str:
 def notes(filled: Filled) -> list[str]:
     """What is of this machine and this moment: what was not run or not compared, and which records are not shown."""
     listed = []
+    damage = "but for what is damaged, " if any(said.startswith("damaged") for said in filled.aside) else ""
     if hidden := missing_baselines(filled):
         listed.append(f"no difference to {', '.join(hidden)}: table.rows leaves out what others are compared with")
     if any(filled.records.values()) or any(line.values for line in filled.lines):
         for seed in filled.seeds or ():
             run = {cell for cell, records in filled.records.items() if seed in {each.record.seed for each in records}}
             if lacking := [cell for cell in filled.table.cells if cell not in run]:
-                listed.append(f"seed {seed} was not run: {', '.join(lacking)}: {command(filled)}")
+                listed.append(f"{damage}seed {seed} was not run: {', '.join(lacking)}: {command(filled)}")
     else:
         what = "these rows" if filled.table.others else "this table"
         seeds = "" if filled.seeds is None else f", seed {', '.join(map(str, filled.seeds))}"
-        listed.append(f"nothing of {what} was run at budget {filled.budget}{seeds}: {command(filled)}")
+        listed.append(f"{damage}nothing of {what} was run at budget {filled.budget}{seeds}: {command(filled)}")
     return [*listed, *filled.aside]
 
 

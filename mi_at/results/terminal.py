@@ -144,7 +144,8 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
         behind = [
             f" ({': '.join(filter(None, [flag, of_seeds(flag, flagged)]))})" for flag in sorted(set().union(*said))
         ]
-        cells = [_cell([_find(each, name) for each in seeds], said, bare=len(rows) < len(records)) for name in headings]
+        bare = len(rows) < len(records)
+        cells = [_cell({each.seed: _find(each, name) for each in seeds}, flagged, bare=bare) for name in headings]
         verdicts = [" ".join(str(each.audit.get("verdict", NOT_RUN)) for each in seeds)] if audited else []
         lines.append(markdown_row([f"`{seeds[0].key}`" + "".join(behind), *cells, *verdicts]))
     return "\n".join(lines) + "\n"
@@ -291,12 +292,13 @@ def _flags_of_all(rows: Sequence[AttackRecord | None]) -> set[str]:
     return set.intersection(*flags) if len(flags) > 1 else set()
 
 
-def _cell(rows: Sequence[AttackRecord | None], said: Sequence[Set[str]], *, bare: bool) -> str:
+def _cell(rows: Mapping[int, AttackRecord | None], said: Mapping[int, Set[str]], *, bare: bool) -> str:
     """Numbers, one a seed, and their flags but those that are said already; bare: without intervals."""
-    flags = {
-        flag: None for row, known in zip(rows, said, strict=True) if row for flag in row.flags if flag not in known
-    }
-    return " ".join(_number(row, bare=bare) for row in rows) + "".join(f" ({flag})" for flag in flags)
+    left = {seed: [flag for flag in row.flags if flag not in said[seed]] for seed, row in rows.items() if row}
+    flags = dict.fromkeys(flag for own in left.values() for flag in own)
+    return " ".join(_number(row, bare=bare) for row in rows.values()) + "".join(
+        f" ({': '.join(filter(None, [flag, of_seeds(flag, left)]))})" for flag in flags
+    )
 
 
 def _number(row: AttackRecord | None, *, bare: bool) -> str:

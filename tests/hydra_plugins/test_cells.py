@@ -107,6 +107,21 @@ def test_a_damaged_record_is_set_aside_and_the_run_evaluated_again(swept: tuple[
     ]
     assert (record.parent / "last.ckpt").stat().st_mtime_ns == weights, "it is not trained again"
     assert folder != tmp_path
+    record.with_suffix(".npz").unlink()
+    shown = command(tmp_path, *shlex.split(done.out.splitlines()[-1])[3:], module="mi_at.report")
+    assert f"not checked: runs/{record.parent.name}/record.json: there are no outcomes" in shown.out, shown.err
+    done = sweep(tmp_path)
+    assert record.with_suffix(".npz").is_file(), "without its outcomes nothing shows whether a record was edited"
+    assert "the run of table own is finished; what it measured:" in done.out
+    assert (record.parent / "last.ckpt").stat().st_mtime_ns == weights
+
+
+def test_several_tables_are_refused(tmp_path: Path) -> None:
+    write_table(tmp_path, cells={"plain": ["defense=standard_at"]}, seeds=[0])
+    done = sweep(tmp_path, "table=own")
+    assert done.code == 1
+    assert done.err.startswith("error: table=own table=own: one table at a time")
+    assert not records(tmp_path)
 
 
 def test_a_value_is_set_that_the_defaults_lack(tmp_path: Path) -> None:

@@ -206,7 +206,9 @@ def test_half_written_record(path: Path, share: float) -> None:
 def test_missing_record(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"none\.json: cannot be read: No such file"):
         read_record(tmp_path / "none.json")
-    with pytest.raises(RecordError, match=r"none\.npz: not a whole file of outcomes"):
+    with pytest.raises(
+        RecordError, match=r"none\.npz: there is no such file: the command that made the record makes it again"
+    ):
         read_outcomes(tmp_path / "none.npz")
 
 

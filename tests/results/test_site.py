@@ -7,6 +7,7 @@ import copy
 import csv
 import re
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -45,6 +46,7 @@ class Made:
     folder: Path
     pages: dict[str, Tree]
     said: str
+    noted: str
 
 
 def write(path: Path, config: dict[str, Any], *, seed: int, right: int, **changes: Any) -> None:
@@ -77,12 +79,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     write(folder / "runs/other/record.json", configs["trades"], seed=3, right=11, beta=9.0)
     (folder / "runs/cut").mkdir()
     (folder / "runs/cut/record.json").write_text((folder / "runs/trades-0/record.json").read_text()[:500])
-    with contextlib.chdir(folder), contextlib.redirect_stdout(_Said()) as said:
+    both = contextlib.redirect_stdout(_Said()), contextlib.redirect_stderr(StringIO())
+    with contextlib.chdir(folder), both[0] as said, both[1] as noted:
         report.main([search(folder), "table=own", "format=html", f"runs={folder}/runs", "records=runs"])
     pages = {
         str(path.relative_to(folder / "site")): Tree(path.read_text()) for path in (folder / "site").rglob("*.html")
     }
-    return Made(folder, pages, said.text)
+    return Made(folder, pages, said.text, noted.getvalue())
 
 
 class _Said:
@@ -101,6 +104,7 @@ class _Said:
 # ---------------------------------------------------------------- what stands on the pages
 def test_there_is_a_page_of_every_table_budget_and_run(made: Made) -> None:
     assert made.said == "site/index.html: 2 tables, 7 runs\n"
+    assert made.noted.startswith("damaged: runs/cut/record.json: not a whole record")
     tables = {name for name in made.pages if name.startswith("tables/")}
     assert tables == {"tables/own.html", "tables/own-smoke.html"}
     runs = [name for name in made.pages if name.startswith("runs/")]
@@ -255,7 +259,12 @@ def test_a_control_is_the_baseline_and_of_several_the_plainest() -> None:
     twice, control = (*AT, "optim.epochs=24"), ("defense=mart", "defense.beta=0")
     lines = [line(cell, {0: 50.0, 1: 51.0}) for cell in ("a", "twice", "t", "m", "m_without")]
     found = against(filled(*lines, a=AT, twice=twice, t=TRADES, m=("defense=mart",), m_without=control))
-    assert {key[0]: each.baseline for key, each in found.items()} == {"t": "a", "m": "m_without", "m_without": "a"}
+    assert {key[0]: each.baseline for key, each in found.items()} == {
+        "twice": "a",
+        "t": "a",
+        "m": "m_without",
+        "m_without": "a",
+    }
     unsure = against(filled(*lines, a=(*AT, "optim.lr=1"), twice=twice, t=TRADES, m=control, m_without=control))
     assert {key[0] for key in unsure} == {"m"}, "two are as plain"
 

@@ -173,6 +173,9 @@ def test_markdown_of_several_seeds() -> None:
     lines = markdown_table([first, second, other], ["clean", "pgd_20", "autoattack"]).splitlines()[2:]
     assert lines[0] == "| `mine` (no_gradient: seed 1) | 80.0 40.0 | 80.0 40.0 (reach) | - - | - fail |"
     assert lines[1].startswith("| `other` | 80.0 |")
+    bare = replace(second, attacks=tuple(replace(row, flags=()) for row in record().attacks))
+    (line,) = markdown_table([first, bare], ["clean", "pgd_20", "autoattack"]).splitlines()[2:]
+    assert "| 80.0 80.0 (reach: seed 0) |" in line
     assert len(markdown_table([first, replace(first, attacks=second.attacks)], ["clean"]).splitlines()) == 4, "one seed"
 
 
