@@ -189,13 +189,7 @@ def _as_choice(override: str) -> str:
 
 
 def compose_table(overrides: Sequence[str]) -> tuple[DictConfig, list[list[str]]]:
-    """The configuration of what has one value, and all combinations of what was typed.
-
-    Raises:
-        TableError: several tables.
-    """
-    if named_table(overrides) is not None:
-        one_table(overrides)
+    """The configuration of what has one value, and all combinations of what was typed."""
     parsed = OverridesParser.create().parse_overrides([_as_choice(override) for override in overrides])
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     cfg = hydra.compose("train", overrides=single, return_hydra_config=True)

@@ -8,7 +8,7 @@ With format=html a folder of pages is written, out=site by default, of that tabl
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,6 +150,8 @@ def reports(overrides: Sequence[str], found: Sequence[Found]) -> list[Filled]:
     kept = [override for override in overrides if key_of(override) != "budget"]
     if named_table(overrides) is None and (other := [o for o in overrides if key_of(o) not in OF_ALL_TABLES]):
         raise TableError(f"{other[0]}: all tables take {', '.join(OF_ALL_TABLES)}; table=<name> takes more")
+    if named_table(overrides) is not None:
+        one_table(overrides)
     typed_budget = [override for override in overrides if key_of(override) == "budget"]
     known = {each.record.budget for each in found} & set(io.names_in("budget")) - {"paper"}
     budgets = typed_budget or ["budget=paper", *(f"budget={name}" for name in sorted(known))]
@@ -202,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             filled = report(overrides, folders, columns)
             if own["format"] in ("csv", "svg"):  # which have no place for it
-                print(*notes(filled), sep="\n", end="\n" * bool(notes(filled)), file=sys.stderr)
+                _say(notes(filled))
             print(draw(filled) if own["format"] == "svg" else render(filled, own["format"]), end="")
     except (TableError, ReportedError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -219,7 +221,12 @@ def _write_site(overrides: Sequence[str], folders: Sequence[str], out: str) -> N
     counted = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(tables), "table"), (runs, "run"))]
     print(f"{index}: {', '.join(counted)}")
     refused = dict.fromkeys(said for filled in tables for said in filled.aside if said.startswith("refused"))
-    print(*damaged, *refused, sep="\n", end="\n" * bool(damaged or refused), file=sys.stderr)
+    _say([*damaged, *refused])
+
+
+def _say(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        print(sentence, file=sys.stderr)
 
 
 def _near(path: Path) -> Path:

@@ -141,9 +141,7 @@ def markdown_table(records: Sequence[Record], columns: Sequence[str] | Mapping[s
     for seeds in rows:
         said = [_flags_of_all([_find(each, name) for name in headings]) for each in seeds]
         flagged = dict(zip(_seeds(seeds), said, strict=True))
-        behind = [
-            f" ({': '.join(filter(None, [flag, of_seeds(flag, flagged)]))})" for flag in sorted(set().union(*said))
-        ]
+        behind = [_behind(flag, flagged) for flag in sorted(set().union(*said))]
         bare = len(rows) < len(records)
         cells = [_cell({each.seed: _find(each, name) for each in seeds}, flagged, bare=bare) for name in headings]
         verdicts = [" ".join(str(each.audit.get("verdict", NOT_RUN)) for each in seeds)] if audited else []
@@ -296,9 +294,13 @@ def _cell(rows: Mapping[int, AttackRecord | None], said: Mapping[int, Set[str]],
     """Numbers, one a seed, and their flags but those that are said already; bare: without intervals."""
     left = {seed: [flag for flag in row.flags if flag not in said[seed]] for seed, row in rows.items() if row}
     flags = dict.fromkeys(flag for own in left.values() for flag in own)
-    return " ".join(_number(row, bare=bare) for row in rows.values()) + "".join(
-        f" ({': '.join(filter(None, [flag, of_seeds(flag, left)]))})" for flag in flags
-    )
+    numbers = " ".join(_number(row, bare=bare) for row in rows.values())
+    return numbers + "".join(_behind(flag, left) for flag in flags)
+
+
+def _behind(flag: str, flagged: Mapping[int, Collection[str]]) -> str:
+    """A flag as it stands behind what it is of, with its seeds where not all have it."""
+    return f" ({': '.join(filter(None, [flag, of_seeds(flag, flagged)]))})"
 
 
 def _number(row: AttackRecord | None, *, bare: bool) -> str:
